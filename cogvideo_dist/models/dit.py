@@ -1,0 +1,226 @@
+"""The expert-AdaLN diffusion transformer with 3D full attention (Yang et al. 2024, arXiv 2408.06072), over packs.
+
+Legend: n = tokens of the pack, d = hidden, r = 2 * clips rows of modulation (text, vision of each clip), e = time embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cogvideo_dist.models.embed import rope_table, sincos_table, timestep_sinusoid
+from cogvideo_dist.models.fused import LinearGateResidual, NormAffineLinear, NormRotateAttend, norm_affine
+from cogvideo_dist.models.init import Initial, constant, normal, xavier
+from cogvideo_dist.models.presets import DiTConfig
+from cogvideo_dist.pack.layout import VISION, Clip, PackLayout, Run
+from cogvideo_dist.pack.patch import grid_of, patchify, unpatchify
+from cogvideo_dist.pack.shard import SequenceShard
+
+Recompute = Literal["none", "feed_forward", "all_but_attention", "full"]
+"""What the backward makes again: nothing but elementwise work; also the first feed-forward linear; every linear that
+attention does not need; the whole block (attention too)."""
+
+
+class TimeEmbedding(nn.Module):
+    """A sinusoid of [b] through two linears -> [b, e]."""
+
+    def __init__(self, sinusoid: int, dim: int) -> None:
+        super().__init__()
+        self.sinusoid = sinusoid
+        self.linear1 = nn.Linear(sinusoid, dim)
+        self.linear2 = nn.Linear(dim, dim)
+
+    def forward(self, value: Tensor) -> Tensor:
+        wave = timestep_sinusoid(value, self.sinusoid).to(self.linear2.weight.dtype)
+        return self.linear2(F.silu(self.linear1(wave)))
+
+
+class Embedding(nn.Module):
+    """Text features and latent patches of a pack -> its sequence [n, d], with absolute positions where the model has them."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch = nn.Linear(config.patch_features_in, config.hidden)
+        self.text = nn.Linear(config.text_dim, config.hidden)
+        if config.learned_positions:
+            t, h, w = config.sample_grid
+            self.positions = nn.Parameter(torch.empty(config.text_length + t * h * w, config.hidden))
+
+    def forward(self, vision: Tensor, text: Tensor, seq: SequenceShard) -> Tensor:
+        tokens = self.patch(vision)
+        if self.config.positions == "sincos":
+            tokens = tokens + sincos_table(self.config, seq.layout, device=tokens.device, dtype=tokens.dtype)
+        joint = seq.interleave(self.text(text), tokens)
+        return joint + self._learned(seq.layout) if self.config.learned_positions else joint
+
+    def _learned(self, layout: PackLayout) -> Tensor:
+        base = Clip(self.config.text_length, self.config.sample_grid)
+        for clip in layout.clips:
+            if clip != base:
+                raise ValueError(
+                    f"this model's learned positions serve only {base.text} text tokens and a grid of {base.grid} patches; "
+                    f"found {clip.text} and {clip.grid}"
+                )
+        return self.positions.repeat(len(layout.clips), 1)
+
+
+class Block(nn.Module):
+    """One layer: AdaLN, attention, gate; AdaLN, feed-forward, gate. All of its linears are shared by text and vision."""
+
+    zero_unit = True  # its parameters are read across its submodules, so ZeRO-3 gathers the block as a whole
+
+    def __init__(self, config: DiTConfig, recompute: Recompute) -> None:
+        super().__init__()
+        d = config.hidden
+        self.config, self.recompute = config, recompute
+        self.modulation = nn.Linear(config.time_embed_dim, 12 * d)
+        self.norm1 = nn.LayerNorm(d, config.norm_eps)
+        self.qkv = nn.Linear(d, 3 * d)
+        self.norm_q = nn.LayerNorm(config.head_dim, config.head_norm_eps)
+        self.norm_k = nn.LayerNorm(config.head_dim, config.head_norm_eps)
+        self.out = nn.Linear(d, d)
+        self.norm2 = nn.LayerNorm(d, config.norm_eps)
+        self.ff1 = nn.Linear(d, 4 * d)
+        self.ff2 = nn.Linear(4 * d, d)
+
+    def forward(self, x: Tensor, condition: Tensor, rope: Tensor | None, seq: SequenceShard) -> Tensor:
+        """x [n, d], condition [clips, e] (after SiLU), rope [n, head_dim/2] -> [n, d]."""
+        # [clips, 12*d] -> [2*clips, 6, d]
+        table = self.modulation(condition).view(2 * len(condition), 6, -1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(1)
+        again_qkv = again_ff = None
+        weight, bias = fold_affine(self.norm1, shift1, scale1)
+        qkv = self._heads(NormAffineLinear.apply(
+            x, weight, bias, self.qkv.weight, self.qkv.bias, seq.runs, self.config.norm_eps))  # fmt: skip
+        if self.recompute == "all_but_attention":
+            again_qkv = Again(self.qkv, x, weight, bias, runs=seq.runs, eps=self.config.norm_eps, shape=self._heads)
+        attended = NormRotateAttend.apply(
+            qkv, self.norm_q.weight, self.norm_q.bias, self.norm_k.weight, self.norm_k.bias,
+            rope, seq.groups, self.config.head_norm_eps, again_qkv,
+        )  # fmt: skip
+        x = LinearGateResidual.apply(
+            x, attended.flatten(1), self.out.weight, self.out.bias, gate1, seq.runs, False, None)  # fmt: skip
+        weight, bias = fold_affine(self.norm2, shift2, scale2)
+        wide = NormAffineLinear.apply(
+            x, weight, bias, self.ff1.weight, self.ff1.bias, seq.runs, self.config.norm_eps)  # fmt: skip
+        if self.recompute != "none":
+            again_ff = Again(self.ff1, x, weight, bias, runs=seq.runs, eps=self.config.norm_eps, shape=None)
+        return LinearGateResidual.apply(x, wide, self.ff2.weight, self.ff2.bias, gate2, seq.runs, True, again_ff)
+
+    def _heads(self, qkv: Tensor) -> Tensor:
+        """[n, 3*d] -> [n, 3, heads, head_dim]."""
+        return qkv.unflatten(-1, (3, self.config.heads, self.config.head_dim))
+
+
+def fold_affine(norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(norm(x) * (1 + scale) + shift) as one weight and one bias per row; shift, scale [r, d]."""
+    return norm.weight * (1 + scale), norm.bias * (1 + scale) + shift
+
+
+class Again:
+    """Makes a ``NormAffineLinear``'s output again from its input, in the backward."""
+
+    def __init__(self, linear: nn.Linear, *inputs: Tensor, runs: tuple[Run, ...], eps: float, shape: object) -> None:
+        self.linear, self.runs, self.eps, self.shape = linear, runs, eps, shape
+        self.inputs = tuple(tensor.detach() for tensor in inputs)
+
+    def __call__(self) -> Tensor:
+        x, weight, bias = self.inputs
+        y = self.linear(norm_affine(x, weight, bias, runs=self.runs, eps=self.eps))
+        return self.shape(y) if callable(self.shape) else y
+
+
+class Head(nn.Module):
+    """The final norm, AdaLN and linear, for vision tokens alone -> [n_vision, patch features]."""
+
+    zero_unit = True
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(config.hidden, config.norm_eps)
+        self.modulation = nn.Linear(config.time_embed_dim, 2 * config.hidden)
+        self.norm_out = nn.LayerNorm(config.hidden, config.out_norm_eps)
+        self.proj = nn.Linear(config.hidden, config.patch_features_out)
+
+    def forward(self, x: Tensor, condition: Tensor, seq: SequenceShard) -> Tensor:
+        shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        weight, bias = fold_affine(self.norm_out, shift, scale)
+        x = self.norm_final(seq.only(x, VISION))
+        return NormAffineLinear.apply(
+            x, weight, bias, self.proj.weight, self.proj.bias, seq.vision_runs, self.norm_out.eps)  # fmt: skip
+
+
+class DiT(nn.Module):
+    """Predicts the velocity of every vision token of a pack."""
+
+    def __init__(self, config: DiTConfig, *, recompute: Recompute = "none") -> None:
+        super().__init__()
+        self.config, self.recompute = config, recompute
+        self.embed = Embedding(config)
+        self.time = TimeEmbedding(config.hidden, config.time_embed_dim)
+        if config.ofs:
+            self.ofs = TimeEmbedding(config.time_embed_dim, config.time_embed_dim)
+        self.blocks = nn.ModuleList(Block(config, recompute) for _ in range(config.layers))
+        self.head = Head(config)
+
+    def forward(
+        self, vision: Tensor, text: Tensor, *, timestep: Tensor, seq: SequenceShard, ofs: Tensor | None = None
+    ) -> Tensor:
+        """Patches [n_vision, features in], text [n_text, text_dim], timestep [clips] -> velocity [n_vision, features out]."""
+        emb = self.time(timestep)
+        if self.config.ofs:
+            if ofs is None:
+                raise ValueError("this model takes ofs, one value per clip (the released 1.5-5B-I2V is trained with 2.0)")
+            emb = emb + self.ofs(ofs)
+        condition = F.silu(emb)
+        x = self.embed(vision, text, seq)
+        rope = rope_table(self.config, seq.layout, device=x.device, dtype=x.dtype)
+        for block in self.blocks:
+            if self.recompute == "full":
+                x = checkpoint(block, x, condition, rope, seq, use_reentrant=False)
+            else:
+                x = block(x, condition, rope, seq)
+        return self.head(x, condition, seq)
+
+    def denoise(
+        self,
+        latents: Tensor,
+        text: Tensor,
+        timestep: Tensor,
+        image_latents: Tensor | None = None,
+        ofs: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity of a batch of equal clips: latents [B,T,C,H,W], text [B,L,text_dim], timestep [B] -> [B,T,C,H,W].
+
+        ``image_latents`` [B,T,C',H,W] is the image condition of an image-to-video model; ``ofs`` [B] goes with 1.5-5B-I2V.
+        """
+        channels = 0 if image_latents is None else image_latents.shape[2]
+        if channels != self.config.image_channels:
+            raise ValueError(
+                f"this model takes image_latents of {self.config.image_channels} channels, found {channels}"
+            )
+        x = latents if image_latents is None else torch.cat([latents, image_latents], dim=2)
+        frames, height, width = x.shape[1], x.shape[3], x.shape[4]
+        grid = grid_of((frames, height, width), self.config.patch)
+        seq = SequenceShard(PackLayout((Clip(text.shape[1], grid),) * len(x)))
+        vision = patchify(x, self.config.patch).flatten(0, 1)
+        velocity = self(vision, text.flatten(0, 1), timestep=timestep, seq=seq, ofs=ofs)
+        return unpatchify(velocity.unflatten(0, (len(x), -1)), grid, self.config.patch)
+
+    def initial(self, name: str) -> Initial:
+        """How a parameter starts: N(0, 0.02), outputs of residual branches / sqrt(2 layers), modulation and biases zero."""
+        module, _, kind = name.rpartition(".")
+        leaf = module.rpartition(".")[2]
+        if leaf.startswith("norm"):
+            return constant(1.0 if kind == "weight" else 0.0)
+        if kind == "bias" or kind == "positions" or leaf == "modulation":
+            return constant(0.0)
+        if leaf in ("patch", "proj"):
+            return xavier()
+        return normal(0.02 / math.sqrt(2 * self.config.layers) if leaf in ("out", "ff2") else 0.02)

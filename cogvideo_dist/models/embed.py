@@ -1,0 +1,96 @@
+"""Embeddings of timesteps and of positions, computed from integers when needed and never stored in a model."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from cogvideo_dist.models.presets import DiTConfig
+from cogvideo_dist.pack.layout import PackLayout
+
+Grid = tuple[int, int, int]
+
+
+def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
+    """[b] -> [b, dim] = [cos | sin] of t * 10000^(-i / (dim/2)), in float32 as in the released models."""
+    exponent = -math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=timestep.device) / (dim // 2)
+    angle = timestep[:, None].float() * exponent.exp()[None, :]
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def rope_table(config: DiTConfig, layout: PackLayout, *, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """Rotations of every token of a pack, [n, head_dim/2] complex; 1 for text, whose tokens are not rotated.
+
+    None where the model has no rotary positions. ``dtype`` is the activations': 64-bit ones get 128-bit rotations.
+    """
+    if config.positions != "rope":
+        return None
+    wide = torch.complex128 if dtype == torch.float64 else torch.complex64
+    parts: list[Tensor] = []
+    for clip in layout.clips:
+        parts += [torch.ones(clip.text, config.head_dim // 2, dtype=wide), _clip_rotations(config, clip.grid, wide)]
+    return torch.cat(parts).to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=64)
+def _clip_rotations(config: DiTConfig, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """[t*h*w, head_dim/2] complex; the head splits into t : h : w = 2 : 3 : 3."""
+    dims = (config.head_dim // 4, config.head_dim // 8 * 3, config.head_dim // 8 * 3)
+    parts = []
+    for axis, (positions, dim) in enumerate(zip(rope_positions(config, grid), dims)):
+        frequency = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angle = torch.outer(positions, frequency)
+        shape = [1, 1, 1, dim // 2]
+        shape[axis] = grid[axis]
+        parts.append(torch.polar(torch.ones_like(angle), angle).reshape(shape).expand(*grid, -1))
+    return torch.cat(parts, dim=-1).flatten(0, 2).to(dtype)
+
+
+def rope_positions(config: DiTConfig, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of a clip's patches on t, h, w, float64.
+
+    Time is counted in both kinds. ``fit_base`` resizes the base sample's grid to the clip's aspect ratio, centred, and spreads
+    the clip's rows and columns over it (diffusers, CogVideoX 1.0); at the base size that is counting.
+    """
+    t, h, w = (torch.arange(size, dtype=torch.float64) for size in grid)
+    if config.rope_grid == "fit_base":
+        _, base_h, base_w = config.sample_grid
+        _, rows, columns = grid
+        if rows / columns > base_h / base_w:
+            fit_h, fit_w = base_h, round(base_h / rows * columns)
+        else:
+            fit_h, fit_w = round(base_w / columns * rows), base_w
+        h = _spread(rows, round((base_h - fit_h) / 2), fit_h)
+        w = _spread(columns, round((base_w - fit_w) / 2), fit_w)
+    return t, h, w
+
+
+def _spread(count: int, start: int, extent: int) -> Tensor:
+    stop = (start + extent) * (count - 1) / count
+    return torch.linspace(start, stop, count, dtype=torch.float64)
+
+
+def sincos_table(config: DiTConfig, layout: PackLayout, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Fixed positions of every vision token, [n_vision, hidden]: temporal quarter, then width and height (2B)."""
+    parts = [_clip_sincos(config, clip.grid, dtype) for clip in layout.clips]
+    return torch.cat(parts).to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=64)
+def _clip_sincos(config: DiTConfig, grid: Grid, dtype: torch.dtype) -> Tensor:
+    t, h, w = grid
+    quarter, rest = config.hidden // 4, config.hidden * 3 // 8
+    temporal = _sincos(torch.arange(t) / config.temporal_interpolation, quarter)[:, None, None, :]
+    across = _sincos(torch.arange(w) / config.spatial_interpolation, rest)[None, None, :, :]
+    down = _sincos(torch.arange(h) / config.spatial_interpolation, rest)[None, :, None, :]
+    return torch.cat([part.expand(t, h, w, -1) for part in (temporal, across, down)], dim=-1).flatten(0, 2).to(dtype)
+
+
+def _sincos(positions: Tensor, dim: int) -> Tensor:
+    """[n] -> [n, dim] = [sin | cos]; positions in float32, as in the released 2B, frequencies in float64."""
+    frequency = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angle = torch.outer(positions.float().double(), frequency)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)

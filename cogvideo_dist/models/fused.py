@@ -1,0 +1,180 @@
+"""The transformer block's three operations, each with its own backward that keeps the least.
+
+Autograd would keep about 23 tensors of [n, hidden] per block; these keep 10: the block's input, q, k, v before their norm, the
+attention's output, the middle of the block, and the feed-forward's four before GELU. Everything between is made again in the
+backward, elementwise only. ``again`` lets a caller drop q, k, v or the feed-forward's four as well and have them made again by
+their linear; attention itself is never computed twice.
+
+Legend: n = tokens of the pack, r = rows of modulation, ``runs`` = consecutive tokens sharing a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cogvideo_dist.pack.attention import Attended, attend, attend_backward
+from cogvideo_dist.pack.layout import Group, Run
+
+Again = Callable[[], Tensor]
+aten = torch.ops.aten
+
+
+def norm_affine(x: Tensor, weight: Tensor, bias: Tensor, *, runs: Sequence[Run], eps: float) -> Tensor:
+    """LayerNorm of x [n, d], then ``* weight[row] + bias[row]`` with weight, bias [r, d]. No gradient."""
+    y = F.layer_norm(x, x.shape[-1:], eps=eps)
+    return _affine(y, weight, bias, runs=runs, out=y)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor, *, runs: Sequence[Run], out: Tensor) -> Tensor:
+    for start, stop, row in runs:
+        torch.addcmul(bias[row], x[start:stop], weight[row], out=out[start:stop])
+    return out
+
+
+class NormAffineLinear(torch.autograd.Function):
+    """y = (LayerNorm(x) * weight[row] + bias[row]) @ w.T + b, keeping x alone.
+
+    The affine of the norm and AdaLN's (1 + scale), shift are one weight and one bias per row, so the caller folds them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, w: Tensor, b: Tensor, runs: Sequence[Run], eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, w)
+        ctx.runs, ctx.eps = runs, eps
+        return F.linear(norm_affine(x, weight, bias, runs=runs, eps=eps), w, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, w = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_w, need_b = ctx.needs_input_grad[:5]
+        normed, mean, rstd = aten.native_layer_norm(x, x.shape[-1:], None, None, ctx.eps)
+        scratch = torch.empty_like(normed)
+        d_w = grad.t() @ _affine(normed, weight, bias, runs=ctx.runs, out=scratch) if need_w else None
+        d_b = grad.sum(0) if need_b else None
+        if not (need_x or need_weight or need_bias):
+            return None, None, None, d_w, d_b, None, None
+        d_affine = grad @ w
+        d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        for start, stop, row in ctx.runs:
+            piece = d_affine[start:stop]
+            d_bias[row] = piece.sum(0)
+            d_weight[row] = torch.mul(piece, normed[start:stop], out=scratch[start:stop]).sum(0)
+            piece.mul_(weight[row])
+        d_x = aten.native_layer_norm_backward(
+            d_affine, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
+        )[0]
+        return d_x, d_weight, d_bias, d_w, d_b, None, None
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate the interleaved pairs of x [n, heads, dim] by rope [n, dim/2] (complex); in place unless x has 16 bits."""
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(rope[:, None])
+    return wide.to(x.dtype)
+
+
+def _normed_heads(qkv: Tensor, norms: Sequence[Tensor], rope: Tensor | None, eps: float) -> tuple[list[Tensor], list]:
+    """Queries and keys after their norm and rotation, and the norms' (mean, rstd)."""
+    heads, statistics = [], []
+    for index in range(2):
+        weight, bias = norms[2 * index : 2 * index + 2]
+        x, mean, rstd = aten.native_layer_norm(qkv[:, index], qkv.shape[-1:], weight, bias, eps)
+        heads.append(x if rope is None else rotate(x, rope))
+        statistics.append((mean, rstd))
+    return heads, statistics
+
+
+class NormRotateAttend(torch.autograd.Function):
+    """Attention inside each clip with per-head LayerNorm of q and k and rotary positions.
+
+    qkv [n, 3, heads, dim]; the norms' (weight, bias) for q then k, each [dim]; rope [n, dim/2] complex, 1 for text tokens
+    (which are not rotated), or None. Keeps qkv (or, given ``again``, not even that), the output and the log-sum-exp.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, wq: Tensor, bq: Tensor, wk: Tensor, bk: Tensor,
+        rope: Tensor | None, groups: tuple[Group, ...], eps: float, again: Again | None,
+    ) -> Tensor:  # fmt: skip
+        (q, k), _ = _normed_heads(qkv, (wq, bq, wk, bk), rope, eps)
+        out, rest = attend(q, k, qkv[:, 2], groups=groups)
+        tensors = [item for part in rest for item in part if isinstance(item, Tensor)]
+        ctx.others = tuple(tuple(None if isinstance(i, Tensor) else i for i in part) for part in rest)
+        ctx.save_for_backward(None if again else qkv, wq, bq, wk, bk, rope, out, *tensors)
+        ctx.groups, ctx.eps, ctx.again = groups, eps, again
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, wq, bq, wk, bk, rope, out, *tensors = ctx.saved_tensors
+        qkv = qkv if ctx.again is None else ctx.again()
+        ctx.again = None
+        queue = iter(tensors)
+        rest = tuple(tuple(next(queue) if i is None else i for i in part) for part in ctx.others)
+        (q, k), statistics = _normed_heads(qkv, (wq, bq, wk, bk), rope, ctx.eps)
+        d_qkv, d_q, d_k = torch.empty_like(qkv), torch.empty_like(q), torch.empty_like(k)
+        attend_backward(
+            grad, (q, k, qkv[:, 2]), attended=Attended(out, rest), groups=ctx.groups, into=(d_q, d_k, d_qkv[:, 2])
+        )
+        d_norms: list[Tensor] = []
+        for index, (d, (mean, rstd), weight, bias) in enumerate(zip((d_q, d_k), statistics, (wq, wk), (bq, bk))):
+            d = d if rope is None else rotate(d, rope.conj())
+            d_x, d_weight, d_bias = aten.native_layer_norm_backward(
+                d, qkv[:, index], qkv.shape[-1:], mean, rstd, weight, bias, [True, True, True]
+            )
+            d_qkv[:, index] = d_x
+            d_norms += [d_weight, d_bias]
+        return d_qkv, *d_norms, None, None, None, None
+
+
+class LinearGateResidual(torch.autograd.Function):
+    """y = residual + gate[row] * (f(x) @ w.T + b), f = GELU (tanh form) or identity, keeping x alone.
+
+    The gate is constant over a run, so with G = dy.T @ f(x) of that run: dw += gate * G, and dgate = rowsum(w * G) + b * sum(dy):
+    the linear's output is neither kept nor made again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, residual: Tensor, x: Tensor, w: Tensor, b: Tensor, gate: Tensor,
+        runs: Sequence[Run], gelu: bool, again: Again | None,
+    ) -> Tensor:  # fmt: skip
+        y = F.linear(F.gelu(x, approximate="tanh") if gelu else x, w, b)
+        for start, stop, row in runs:
+            torch.addcmul(residual[start:stop], y[start:stop], gate[row], out=y[start:stop])
+        ctx.save_for_backward(None if again else x, w, b, gate)
+        ctx.runs, ctx.gelu, ctx.again = runs, gelu, again
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, b, gate = ctx.saved_tensors
+        x = x if ctx.again is None else ctx.again()
+        ctx.again = None
+        active = F.gelu(x, approximate="tanh") if ctx.gelu else x
+        _, _, need_w, need_b, need_gate = ctx.needs_input_grad[:5]
+        d_w, d_b, d_gate = torch.zeros_like(w), torch.zeros_like(b), torch.zeros_like(gate)
+        gated = torch.empty_like(grad)
+        for start, stop, row in ctx.runs:
+            piece = grad[start:stop]
+            if need_w or need_b or need_gate:
+                outer, total = piece.t() @ active[start:stop], piece.sum(0)
+                d_gate[row] = torch.linalg.vecdot(w, outer) + b * total
+                d_w.addcmul_(outer, gate[row][:, None])
+                d_b.addcmul_(total, gate[row])
+            torch.mul(piece, gate[row], out=gated[start:stop])
+        d_x = gated @ w
+        if ctx.gelu:
+            d_x = aten.gelu_backward(d_x, x, approximate="tanh")
+        return grad, d_x, d_w if need_w else None, d_b if need_b else None, d_gate, None, None, None
