@@ -20,8 +20,8 @@ def guidance_scale(kind: GuidanceKind, scale: float, *, step_index: int, timeste
 
     * constant: ``scale``.
     * dynamic: 1 + scale * (1 - cos(pi * p^5)) / 2 with p = (steps - timestep) / steps of the raw training timestep
-      (0..999), as the released samplers compute it. Over 50 steps it jumps about in [1, 1 + scale]; kept because the
-      released samples were made with it.
+      (0..999), as the released samplers compute it. Over 50 steps it jumps about in [1, 1 + scale]; kept for
+      parity with them.
     * ramp: the same curve over p = step_index / steps, which rises from 1 towards 1 + scale late in sampling.
     """
     if kind == "constant":

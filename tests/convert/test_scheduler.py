@@ -64,5 +64,5 @@ def test_another_kind_of_diffusion_is_rejected(field: str, value: Any, complaint
 def test_a_missing_field_is_rejected() -> None:
     config = scheduler_config(ScheduleConfig(), "ddim")
     del config["prediction_type"]
-    with pytest.raises(ValueError, match="lacks.*prediction_type"):
+    with pytest.raises(ValueError, match=r"lacks.*prediction_type"):
         schedule_from_diffusers(config)

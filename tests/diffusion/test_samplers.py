@@ -100,7 +100,7 @@ def test_exact_velocity_of_a_gaussian_samples_that_gaussian(name: SamplerName, s
 
     def std_error(steps: int) -> float:
         result = sample(velocity, noise, sampler=SAMPLERS[name](schedule, steps), draw=folded_noise(3))
-        # Both rules keep the mean exactly; the SDE's draws move it by 0.0016 (one standard error) at most.
+        # Both rules keep the mean exactly; the SDE's draws move it with a standard error of 0.0016.
         assert abs(result.mean().item() - mean) < (1e-12 if name == "ddim" else 0.005)
         return abs(result.std().item() - std)
 

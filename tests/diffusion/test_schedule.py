@@ -118,7 +118,7 @@ def test_impossible_configuration_is_rejected(fields: dict[str, Any]) -> None:
 def test_impossible_timesteps_are_rejected() -> None:
     schedule = Schedule(ScheduleConfig())
     for timestep in (torch.tensor([0, -1]), torch.tensor([1000])):
-        with pytest.raises(ValueError, match="outside 0..999"):
+        with pytest.raises(ValueError, match=r"outside 0\.\.999"):
             schedule.coefficients(timestep)
     with pytest.raises(ValueError, match=r"torch\.float32"):
         schedule.coefficients(torch.tensor([0.5]))

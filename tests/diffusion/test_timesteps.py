@@ -61,7 +61,7 @@ def test_timesteps_depend_on_seed_and_step_alone(timesteps: Callable[..., list[i
 
 
 def test_fewer_timesteps_than_clips_are_shared_evenly() -> None:
-    assert Counter(stratified_timesteps(0, 0, clips=30, timesteps=10)) == {t: 3 for t in range(10)}
+    assert Counter(stratified_timesteps(0, 0, clips=30, timesteps=10)) == dict.fromkeys(range(10), 3)
 
 
 def test_no_clips_is_rejected() -> None:

@@ -1,0 +1,302 @@
+"""What a run is told: frozen dataclasses, each of which refuses impossible values in plain words.
+
+Sizes are in pixels and frames, rates in frames per second, lengths of a run in optimizer steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cogvideo_dist.models.presets import PRESETS, DiTConfig, RopeGrid
+
+Size = tuple[int, int, int]
+"""(frames, height, width) of a clip in pixels."""
+
+TEMPORAL, SPATIAL = 4, 8
+"""Compression of the autoencoder: 4 frames (after the first) and 8 x 8 pixels to one latent."""
+
+
+def positive(section: str, **values: float | None) -> None:
+    """Refuse values that are not above zero, naming the first."""
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            raise ValueError(f"{section}.{name} must be above 0, found {value}")
+
+
+def share(section: str, **values: float | None) -> None:
+    """Refuse values outside [0, 1), naming the first."""
+    for name, value in values.items():
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"{section}.{name} must be at least 0 and below 1, found {value}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where the run lives and the seed of everything random in it."""
+
+    dir: str
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.dir.strip():
+            raise ValueError("run.dir must name a folder")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"run.seed must be in [0, 2^63), found {self.seed}")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The transformer: a preset with what is changed in it, and the weights to start from (none: drawn from the seed)."""
+
+    preset: str
+    weights: str | None = None
+    layers: int | None = None
+    heads: int | None = None
+    head_dim: int | None = None
+    time_embed_dim: int | None = None
+    text_dim: int | None = None
+    text_length: int | None = None
+    sample_frames: int | None = None
+    sample_height: int | None = None
+    sample_width: int | None = None
+    rope_grid: RopeGrid | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"model.preset {self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
+        changes = self.changes()
+        positive("model", **{name: value for name, value in changes.items() if isinstance(value, int)})
+        self.transformer()
+
+    def changes(self) -> dict[str, int | str]:
+        names = ("layers", "heads", "head_dim", "time_embed_dim", "text_dim", "text_length", "sample_frames",
+                 "sample_height", "sample_width", "rope_grid")  # fmt: skip
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def transformer(self) -> DiTConfig:
+        preset = PRESETS[self.preset]
+        return DiTConfig(**{**vars(preset), **self.changes()})
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The frozen models in the loop: diffusers folders of the autoencoder (``vae``) and of T5 with its tokenizer (``text``).
+
+    ``text`` holds ``text_encoder/`` and ``tokenizer/``. Training from precomputed latents needs neither.
+    """
+
+    vae: str | None = None
+    vae_semantics: Literal["whole", "chunked"] = "whole"
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is read and how it is packed.
+
+    ``sizes`` lists the legal (frames, height, width); a clip takes the largest that needs no upscaling and fits its shape best.
+    """
+
+    shards: str
+    source: Literal["pixels", "latents"]
+    sizes: tuple[Size, ...]
+    fps: float
+    tokens_per_pack: int
+    packs_per_step: int
+    held_out: int = 0
+    workers: int = 1
+    max_bad_share: float = 0.01
+    crop: Literal["random", "center"] = "random"
+
+    def __post_init__(self) -> None:
+        positive("data", fps=self.fps, tokens_per_pack=self.tokens_per_pack, packs_per_step=self.packs_per_step)
+        share("data", max_bad_share=self.max_bad_share)
+        if self.held_out < 0 or self.workers < 0:
+            raise ValueError(f"data.held_out and data.workers must be >= 0, found {self.held_out} and {self.workers}")
+        if not self.sizes:
+            raise ValueError("data.sizes must list at least one [frames, height, width]")
+        for size in self.sizes:
+            check_size("data.sizes", size)
+
+
+def check_size(key: str, size: Size) -> None:
+    """Refuse a size that the autoencoder and 2 x 2 patches cannot represent, naming the nearest that they can."""
+    frames, height, width = size
+    step = 2 * SPATIAL
+    legal = (
+        max(0, round((frames - 1) / TEMPORAL)) * TEMPORAL + 1,
+        max(1, round(height / step)) * step,
+        max(1, round(width / step)) * step,
+    )
+    if tuple(size) != legal:
+        raise ValueError(
+            f"{key}: {list(size)} is not a legal [frames, height, width]: frames must be 1 + {TEMPORAL}k, height and width "
+            f"multiples of {step}; the nearest is {list(legal)}"
+        )
+
+
+@dataclass(frozen=True)
+class Train:
+    """The optimizer's run. AdamW; the learning rate warms up linearly, then stays or falls as a cosine."""
+
+    steps: int
+    learning_rate: float
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "cosine"
+    final_ratio: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1.0e-8
+    weight_decay: float = 1.0e-4
+    clip_norm: float | None = 1.0
+    ema_decay: float | None = 0.9999
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    recompute: Literal["none", "feed_forward", "all_but_attention", "full"] = "none"
+
+    def __post_init__(self) -> None:
+        positive("train", steps=self.steps, eps=self.eps, clip_norm=self.clip_norm)
+        share("train", beta1=self.betas[0], beta2=self.betas[1], ema_decay=self.ema_decay)
+        if self.learning_rate < 0 or self.weight_decay < 0 or self.warmup_steps < 0:
+            raise ValueError("train.learning_rate, weight_decay and warmup_steps must be >= 0")
+        if not 0 <= self.final_ratio <= 1:
+            raise ValueError(f"train.final_ratio must be in [0, 1], found {self.final_ratio}")
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"train.warmup_steps {self.warmup_steps} exceeds train.steps {self.steps}")
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """The training objective: v-prediction on the zero-terminal-SNR schedule."""
+
+    snr_shift: float = 1.0
+    timesteps: Literal["stratified", "uniform"] = "stratified"
+    weighting: Literal["element", "clip"] = "element"
+    """``element``: every latent element of a step counts alike; ``clip``: every clip does."""
+    text_dropout: float = 0.1
+    image_dropout: float = 0.05
+    ofs: float = 2.0
+
+    def __post_init__(self) -> None:
+        positive("diffusion", snr_shift=self.snr_shift)
+        share("diffusion", text_dropout=self.text_dropout, image_dropout=self.image_dropout)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When the run's state is written; the newest ``keep`` are kept."""
+
+    every: int
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        positive("checkpoint", every=self.every, keep=self.keep)
+
+
+@dataclass(frozen=True)
+class Log:
+    """``peak_tflops``: the device's peak for the utilisation figure; left out, it is looked up, or measured on a CPU."""
+
+    every: int = 10
+    peak_tflops: float | None = None
+
+    def __post_init__(self) -> None:
+        positive("log", every=self.every, peak_tflops=self.peak_tflops)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a video is sampled."""
+
+    steps: int = 50
+    sampler: Literal["ddim", "dpmpp_2m_sde"] = "dpmpp_2m_sde"
+    guidance: float = 6.0
+    guidance_kind: Literal["constant", "dynamic", "ramp"] = "dynamic"
+    """``dynamic`` is what the released code does (on the training timestep), ``ramp`` what it meant (on the step)."""
+    size: Size = (49, 480, 720)
+    fps: float = 8.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive("sampling", steps=self.steps, fps=self.fps)
+        check_size("sampling.size", self.size)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Held-out loss on a fixed grid of noise and timesteps, and samples of ``prompts``. 0 means never."""
+
+    every: int = 0
+    samples_every: int = 0
+    timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
+    prompts: tuple[str, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.samples_every) < 0:
+            raise ValueError("validation.every and samples_every must be >= 0")
+        if not self.timesteps or not all(0 <= t < 1000 for t in self.timesteps):
+            raise ValueError(f"validation.timesteps must be integers in [0, 1000), found {list(self.timesteps)}")
+        if self.samples_every and not self.prompts:
+            raise ValueError("validation.prompts must name at least one prompt where samples_every is set")
+
+
+@dataclass(frozen=True)
+class DiTRun:
+    """A run of launch/train_dit.py."""
+
+    run: Run
+    model: Model
+    data: Data
+    train: Train
+    checkpoint: Checkpoint
+    frozen: Frozen = field(default_factory=Frozen)
+    diffusion: Diffusion = field(default_factory=Diffusion)
+    log: Log = field(default_factory=Log)
+    validation: Validation = field(default_factory=Validation)
+
+    def __post_init__(self) -> None:
+        if self.data.source == "pixels" and not (self.frozen.vae and self.frozen.text):
+            raise ValueError("data.source: pixels needs frozen.vae and frozen.text, which encode in the loop")
+        if self.validation.samples_every and not (self.frozen.vae and self.frozen.text):
+            raise ValueError("validation.samples_every needs frozen.vae and frozen.text to encode prompts and decode videos")
+
+
+@dataclass(frozen=True)
+class VAEModel:
+    """The autoencoder; the defaults are the released one's. ``weights``: a diffusers folder to start from."""
+
+    channels: tuple[int, int, int, int] = (128, 256, 256, 512)
+    layers_per_block: int = 3
+    latent_channels: int = 16
+    norm_groups: int = 32
+    scaling_factor: float = 0.7
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        positive("model", layers_per_block=self.layers_per_block, latent_channels=self.latent_channels)
+        for width in self.channels:
+            if width < 1 or width % self.norm_groups:
+                raise ValueError(f"model.channels: {width} does not divide into model.norm_groups {self.norm_groups}")
+
+
+@dataclass(frozen=True)
+class VAELoss:
+    """Weights of the reconstruction's sum of losses."""
+
+    reconstruction: Literal["l1", "l2"] = "l1"
+    kl_weight: float = 1.0e-6
+
+
+@dataclass(frozen=True)
+class VAERun:
+    """A run of launch/train_vae.py. ``data.tokens_per_pack`` counts latents (t x h x w) here."""
+
+    run: Run
+    data: Data
+    train: Train
+    checkpoint: Checkpoint
+    model: VAEModel = field(default_factory=VAEModel)
+    loss: VAELoss = field(default_factory=VAELoss)
+    log: Log = field(default_factory=Log)
+    validation: Validation = field(default_factory=Validation)

@@ -1,0 +1,107 @@
+"""What the plan, the loader, the tasks and the trainer agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from cogvideo_dist.config.schema import Size
+from cogvideo_dist.pack.layout import Clip, PackLayout
+
+
+class Slot(NamedTuple):
+    """One clip's place in the run: which visit (epoch) of which sample (its position in the index), at which size."""
+
+    epoch: int
+    index: int
+    size: Size
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Everything the whole world does in one optimizer step: all packs, and the global totals that losses are divided by.
+
+    ``elements`` counts latent positions (t * h * w) over all clips of the step.
+    """
+
+    step: int
+    packs: tuple[tuple[Slot, ...], ...]
+    clips: int
+    elements: int
+
+
+@dataclass(frozen=True)
+class Defect:
+    """A sample that could not be used as planned: what was wrong and, if something took its place, what."""
+
+    key: str
+    source: str
+    reason: str
+    replaced_by: str | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip as read: pixels uint8 [T, H, W, 3], or the posterior's mean and logvar [C, t, h, w] and text features [L, dim]."""
+
+    slot: Slot
+    key: str
+    caption: str
+    pixels: Tensor | None = None
+    mean: Tensor | None = None
+    logvar: Tensor | None = None
+    text: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One pack of a step, as one data-parallel rank works on it in one micro-step.
+
+    ``first`` is the position of its first clip among all clips of the step, so that what is drawn per step and clip (the
+    stratum of a timestep) does not depend on who works on it.
+    """
+
+    plan: StepPlan
+    pack: int
+    first: int
+    layout: PackLayout
+    samples: tuple[Sample, ...]
+    defects: tuple[Defect, ...] = ()
+
+
+class Geometry(Protocol):
+    """How a model sees a clip of a given size: the tokens of its text and the grid of its patches."""
+
+    def __call__(self, size: Size) -> Clip: ...
+
+
+@dataclass(frozen=True)
+class Loss:
+    """``total``: this rank's share of the step's loss, already divided by the step's global denominator, so shares are summed.
+
+    ``metrics``: name -> (sum, weight) pairs of this rank, whose sums over all ranks and micro-steps are divided.
+    """
+
+    total: Tensor
+    metrics: Mapping[str, tuple[Tensor, Tensor]]
+
+
+class Task(Protocol):
+    """What is trained: a model and the way from a batch to its loss. Knows nothing of ranks, optimizers or checkpoints."""
+
+    model: nn.Module
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss: ...
+
+    def held_out_loss(self, model: nn.Module, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]: ...
+
+    def flops(self, layout: PackLayout) -> float:
+        """Floating-point operations of forward and backward on one pack, without recomputation."""
+        ...
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """What a checkpoint must agree on to be this task's."""
+        ...
