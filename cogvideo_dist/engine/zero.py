@@ -1,0 +1,235 @@
+"""The one place that knows DeepSpeed: its configuration, the scale of the loss, and how to reach its sharded states by name.
+
+Tested with DeepSpeed 0.19. ``_create_state`` and ``_link_state`` touch names of it that are not public; a test per stage
+holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+    set_z3_leaf_modules,
+)
+from torch import Tensor, nn
+
+from cogvideo_dist.config.schema import Train
+from cogvideo_dist.engine.optim import AdamWithEma, make_optimizer, state_keys
+from cogvideo_dist.parallel.mesh import ParallelMesh
+
+# Its build takes minutes, and a build that is killed leaves a lock on which later starts wait without a word.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+FullState = dict[str, dict[str, Tensor]]
+"""Kind (``weights``, ``exp_avg``, ``exp_avg_sq``, ``ema``) -> parameter name -> the whole tensor in float32."""
+
+
+def deepspeed_config(train: Train, *, replicas: int, micro_steps: int) -> dict[str, Any]:
+    """DeepSpeed's configuration, derived from ours."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_steps,
+        "train_batch_size": micro_steps * replicas,
+        "gradient_clipping": train.clip_norm or 0.0,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": effective_stage(train),
+            "stage3_param_persistence_threshold": 0,
+            "overlap_comm": train.zero_stage == 3,
+        },
+        "bf16": {"enabled": train.precision == "bf16"},
+        "fp16": {"enabled": train.precision == "fp16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+def effective_stage(train: Train) -> int:
+    """Stage 0 keeps no float32 masters apart from the weights, so with 16 bits it runs as stage 1 (the same mathematics)."""
+    return max(train.zero_stage, 0 if train.precision == "fp32" else 1)
+
+
+class Engine:
+    """A model under DeepSpeed ZeRO whose gradients are sums."""
+
+    def __init__(self, model: nn.Module, train: Train, *, mesh: ParallelMesh, micro_steps: int) -> None:
+        self.mesh, self.train, self.micro_steps, self.model = mesh, train, micro_steps, model
+        self.stage = effective_stage(train)
+        units = {type(module) for module in model.modules() if getattr(module, "zero_unit", False)}
+        if self.stage == 3 and units:
+            set_z3_leaf_modules(model, list(units))
+        self._ds, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=make_optimizer(model, train),
+            config=deepspeed_config(train, replicas=mesh.replica.size, micro_steps=micro_steps),
+        )
+        self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.grad_norm: Tensor | float | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._ds.device)
+
+    @property
+    def forward(self) -> nn.Module:
+        """The model to call: DeepSpeed's wrapper around it."""
+        return self._ds
+
+    @property
+    def scaler(self) -> dict[str, float]:
+        """The dynamic loss scale of fp16 and its counters; empty in other precisions."""
+        if self.train.precision != "fp16":
+            return {}
+        return {name: getattr(self._ds.optimizer.loss_scaler, name) for name in SCALER}
+
+    @scaler.setter
+    def scaler(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            setattr(self._ds.optimizer.loss_scaler, name, value)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of this rank's share of the step's loss.
+
+        DeepSpeed averages over replicas and micro-steps; our loss is a share of a sum, so that mean is undone here and only here.
+        """
+        self._ds.backward(loss * (self.mesh.replica.size * self.micro_steps))
+
+    def step(self, learning_rate: float) -> None:
+        """End a micro-step; at the last one of a step clip by the global norm and update."""
+        for group in self._ds.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.stage == 0 and self._ds.is_gradient_accumulation_boundary():
+            # Stage 0 clips without keeping the norm; gradients are reduced already.
+            self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.names.values() if p.grad is not None])
+        self._ds.step()
+        if self.stage > 0:
+            self.grad_norm = self._ds.get_global_grad_norm()
+
+    def full_state(self) -> FullState:
+        """Master weights and optimizer states by name, whole, on the CPU of the first rank (others get empty tensors' names).
+
+        Collective: every rank calls it. States exist from the first step on.
+        """
+        self._link_state()
+        keys = state_keys(self.train)
+        state: FullState = {kind: {} for kind in ("weights", *keys)}
+        for name, parameter in self.names.items():
+            for kind in state:
+                tensor = self._read(parameter, kind)
+                if self.mesh.is_first:
+                    state[kind][name] = tensor.detach().float().cpu().clone().reshape(self._shape(parameter))
+        return state
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]], *, step: int) -> None:
+        """Set master weights and optimizer states, as they were after ``step`` updates.
+
+        The module must have been given the same weights before DeepSpeed was initialised: it copies its masters from them,
+        and the working copy is not refreshed by setting masters.
+        """
+        if step > 0:
+            self._create_state(step)
+        for name, parameter in self.names.items():
+            for kind, tensors in state.items():
+                self._write(parameter, kind, tensors[name])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the model works with its EMA weights. Collective."""
+        if self.train.ema_decay is None:
+            yield
+            return
+        self._link_state()
+        kept = {name: self._working(p).clone() for name, p in self.names.items()}
+        for p in self.names.values():
+            self._set_working(p, self._read_everywhere(p, "ema"))
+        try:
+            yield
+        finally:
+            for name, p in self.names.items():
+                self._set_working(p, kept[name])
+
+    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.ds_shape if self.stage == 3 else parameter.shape
+
+    def _read(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        if self.stage == 0:
+            return parameter if kind == "weights" else self._ds.optimizer.state[parameter][kind]
+        if kind == "weights":
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, kind)
+
+    def _read_everywhere(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        return self._read(parameter, kind).reshape(self._shape(parameter))
+
+    def _write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        value = value.to(self.device)
+        if self.stage == 0:
+            with torch.no_grad():
+                self._read(parameter, kind).copy_(value)
+        elif self.stage == 3:
+            local = self._local(parameter, value)
+            if kind == "weights":
+                safe_set_local_fp32_param(parameter, local)
+            else:
+                safe_set_local_optimizer_state(parameter, local, kind)
+        elif kind == "weights":
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
+
+    def _local(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's slice of a whole tensor under stage 3: ceil(numel / ranks) elements, zero padded."""
+        size = parameter.ds_tensor.numel()
+        flat = value.flatten()[self.mesh.replica.rank * size :][:size]
+        return torch.nn.functional.pad(flat, (0, size - flat.numel()))
+
+    def _working(self, parameter: nn.Parameter) -> Tensor:
+        return (parameter.ds_tensor if self.stage == 3 else parameter).detach()
+
+    def _set_working(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Replace what forward computes with: the whole tensor (or, as saved by ``_working``, stage 3's slice)."""
+        target = self._working(parameter)
+        if self.stage == 3 and value.shape != target.shape:
+            value = self._local(parameter, value)
+        target.copy_(value)
+
+    def _create_state(self, step: int) -> None:
+        """Make the optimizer states that DeepSpeed would make at its first step, so that they can be set."""
+        outer = self._ds.optimizer
+        inner: AdamWithEma = outer if self.stage == 0 else outer.optimizer
+        if self.stage == 0:
+            tensors = list(self.names.values())
+        elif self.stage == 3:
+            tensors = list(outer.fp32_partitioned_groups_flat)
+        elif isinstance(outer, BF16_Optimizer):  # what DeepSpeed makes of stage 1 with bf16
+            tensors = list(outer.fp32_groups_flat_partition)
+        else:
+            tensors = list(outer.single_partition_of_fp32_groups)
+        for tensor in tensors:
+            inner.state[tensor] = {"step": torch.tensor(float(step))} | {
+                key: torch.zeros_like(tensor) for key in state_keys(self.train)
+            }
+        self._link_state()
+
+    def _link_state(self) -> None:
+        """Let parameters find their optimizer states under stages 1 and 2.
+
+        DeepSpeed does it once, after the first update of the first parameter group, when the others have no state yet.
+        """
+        if self.stage in (1, 2):
+            self._ds.optimizer._hp_optimizer_states_linked = False
+            self._ds.optimizer._lazy_init_hp_params_optimizer_state()
