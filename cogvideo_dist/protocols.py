@@ -24,7 +24,7 @@ class Slot(NamedTuple):
 class StepPlan:
     """Everything the whole world does in one optimizer step: all packs, and the global totals that losses are divided by.
 
-    ``elements`` counts latent positions (t * h * w) over all clips of the step.
+    ``elements`` counts vision tokens over all clips of the step.
     """
 
     step: int
@@ -89,6 +89,16 @@ class Loss:
     metrics: Mapping[str, tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A short video to look at: uint8 [T, H, W, 3] with its caption; ``name`` is a file's stem."""
+
+    name: str
+    caption: str
+    frames: Tensor
+    fps: float
+
+
 class Task(Protocol):
     """What is trained: a model and the way from a batch to its loss. Knows nothing of ranks, optimizers or checkpoints."""
 
@@ -97,6 +107,10 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Batch) -> Loss: ...
 
     def held_out_loss(self, model: nn.Module, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]: ...
+
+    def pictures(self, model: nn.Module) -> list[Picture]:
+        """What a person looks at to judge the run. Every rank makes them, since the model may be sharded."""
+        ...
 
     def flops(self, layout: PackLayout) -> float:
         """Floating-point operations of forward and backward on one pack, without recomputation."""

@@ -174,12 +174,10 @@ class Diffusion:
     weighting: Literal["element", "clip"] = "element"
     """``element``: every latent element of a step counts alike; ``clip``: every clip does."""
     text_dropout: float = 0.1
-    image_dropout: float = 0.05
-    ofs: float = 2.0
 
     def __post_init__(self) -> None:
         positive("diffusion", snr_shift=self.snr_shift)
-        share("diffusion", text_dropout=self.text_dropout, image_dropout=self.image_dropout)
+        share("diffusion", text_dropout=self.text_dropout)
 
 
 @dataclass(frozen=True)
@@ -256,6 +254,8 @@ class DiTRun:
     validation: Validation = field(default_factory=Validation)
 
     def __post_init__(self) -> None:
+        if self.model.transformer().image_channels:
+            raise ValueError(f"model.preset {self.model.preset!r} takes an image condition; this command trains text-to-video")
         if self.data.source == "pixels" and not (self.frozen.vae and self.frozen.text):
             raise ValueError("data.source: pixels needs frozen.vae and frozen.text, which encode in the loop")
         if self.validation.samples_every and not (self.frozen.vae and self.frozen.text):

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from cogvideo_dist.parallel.frames import TimeContext
 
 LAYOUT = torch.channels_last_3d
-ROOM = 2  # frames that a causal convolution of three frames looks back
+PAST = 2  # frames that a causal convolution of three frames looks back
 LARGEST_CONV = 2**30  # elements of one convolution's input or output; GPU kernels index with 32 bits
 
 
@@ -27,24 +27,22 @@ class CausalConv3d(nn.Conv3d):
     """3x3x3 convolution that sees the present and the two frames before it; zero padding in space."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3)
+        super().__init__(in_channels, out_channels, 3, padding=(0, 1, 1))
 
-    def forward(self, x: Tensor, time: TimeContext) -> Tensor:  # type: ignore[override]
-        """``x`` [B, C, ROOM+T, H, W] -> [B, C', T, H, W]. The first ROOM frames of ``x`` are room: they are filled here."""
-        x[:, :, :ROOM] = time.left(self, x[:, :, ROOM:], ROOM)
-        frames = x.shape[2] - ROOM
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, PAST+T, H, W], the past included (``with_past`` or ``NormSiLU``) -> [B, C', T, H, W]"""
+        frames = x.shape[2] - PAST
         largest_frame = x[:, 0, 0].numel() * max(self.in_channels, self.out_channels)
-        run = max(1, LARGEST_CONV // largest_frame - ROOM)
-        pieces = [self._run(x[:, :, start : start + run + ROOM]) for start in range(0, frames, run)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+        run = max(1, LARGEST_CONV // largest_frame - PAST)
+        if run >= frames:
+            return super().forward(x)
+        pieces = [super(CausalConv3d, self).forward(x[:, :, i : i + run + PAST]) for i in range(0, frames, run)]
+        return torch.cat(pieces, dim=2)
 
-    def _run(self, x: Tensor) -> Tensor:
-        return F.conv3d(x, self.weight, self.bias, padding=(0, 1, 1))
 
-
-def with_room(x: Tensor) -> Tensor:
-    """A copy of ``x`` [B, C, T, H, W] with ROOM frames of room in front, for ``CausalConv3d``."""
-    return F.pad(x, (0, 0, 0, 0, ROOM, 0)).contiguous(memory_format=LAYOUT)
+def with_past(x: Tensor, time: TimeContext, *, conv: CausalConv3d) -> Tensor:
+    """``x`` [B, C, T, H, W] with the PAST frames that ``conv`` sees left of it, in this module's memory layout."""
+    return torch.cat([time.left(conv, x, width=PAST), x], dim=2).contiguous(memory_format=LAYOUT)
 
 
 class Moments(torch.autograd.Function):
@@ -76,7 +74,7 @@ def per_channel(groups: Tensor, x: Tensor) -> Tensor:
 
 
 class ModulateSiLU(torch.autograd.Function):
-    """silu(x * scale + shift) -> [B, C, ROOM+T, H, W], with ROOM uninitialised frames in front for ``CausalConv3d``.
+    """silu(x * scale + shift) -> [B, C, PAST+T, H, W], whose first PAST frames are left for the caller to write.
 
     ``scale`` and ``shift`` [B, C, t, h, w] are nearest-upsampled to x [B, C, T, H, W] on the fly. Backward recomputes the
     product from x, so that neither it nor an upsampled scale is ever kept.
@@ -87,16 +85,12 @@ class ModulateSiLU(torch.autograd.Function):
         ctx.save_for_backward(x, scale, shift)
         ctx.first = first
         batch, channels, frames, height, width = x.shape
-        padded = x.new_empty((batch, channels, ROOM + frames, height, width), memory_format=LAYOUT)
-        out = padded[:, :, ROOM:]
-        for frame, cell in matching_frames(x, scale, first):
-            tiled = tile(out[:, :, frame], scale[:, :, cell])
-            torch.addcmul(
-                broadcast(shift[:, :, cell].to(x.dtype)),
-                tile(x[:, :, frame], scale[:, :, cell]),
-                broadcast(scale[:, :, cell].to(x.dtype)),
-                out=tiled,
-            )
+        shape = (batch, channels, PAST + frames, height, width)
+        padded = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAYOUT)
+        out = padded[:, :, PAST:]
+        for frame, cell in matching_frames(scale, first):
+            gain, offset = (broadcast(cells[:, :, cell], x) for cells in (scale, shift))
+            torch.addcmul(offset, tile(x[:, :, frame], gain), gain, out=tile(out[:, :, frame], gain))
         F.silu(out, inplace=True)
         return padded
 
@@ -105,20 +99,20 @@ class ModulateSiLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         x, scale, shift = ctx.saved_tensors
         grad_x, grad_scale, grad_shift = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(shift)
-        for frame, cell in matching_frames(x, scale, ctx.first):
-            gain = broadcast(scale[:, :, cell].to(x.dtype))
-            tiled = tile(x[:, :, frame], scale[:, :, cell])
-            before = torch.addcmul(broadcast(shift[:, :, cell].to(x.dtype)), tiled, gain)
-            out = tile(grad[:, :, ROOM:][:, :, frame], scale[:, :, cell])
-            slope = torch.ops.aten.silu_backward(out, before)
-            torch.mul(slope, gain, out=tile(grad_x[:, :, frame], scale[:, :, cell]))
+        for frame, cell in matching_frames(scale, ctx.first):
+            gain, offset = (broadcast(cells[:, :, cell], x) for cells in (scale, shift))
+            tiles = tile(x[:, :, frame], gain)
+            slope = torch.ops.aten.silu_backward(
+                tile(grad[:, :, PAST:][:, :, frame], gain), torch.addcmul(offset, tiles, gain)
+            )
+            torch.mul(slope, gain, out=tile(grad_x[:, :, frame], gain))
             grad_shift[:, :, cell] = slope.sum((3, 5, 7), dtype=shift.dtype)
-            grad_scale[:, :, cell] = slope.mul_(tiled).sum((3, 5, 7), dtype=scale.dtype)
+            grad_scale[:, :, cell] = slope.mul_(tiles).sum((3, 5, 7), dtype=scale.dtype)
         return grad_x, grad_scale, grad_shift, None
 
 
-def matching_frames(x: Tensor, cells: Tensor, first: bool) -> Iterator[tuple[slice, slice]]:
-    """Frames of ``x`` and of the coarser ``cells`` that belong together; frame 0 of a clip has a cell of its own."""
+def matching_frames(cells: Tensor, first: bool) -> Iterator[tuple[slice, slice]]:
+    """Frames and the ``cells`` [B, C, t, h, w] that cover them; frame 0 of a clip has a cell of its own."""
     if first and cells.shape[2] > 1:
         yield slice(0, 1), slice(0, 1)
         yield slice(1, None), slice(1, None)
@@ -126,15 +120,15 @@ def matching_frames(x: Tensor, cells: Tensor, first: bool) -> Iterator[tuple[sli
         yield slice(None), slice(None)
 
 
+def broadcast(cells: Tensor, x: Tensor) -> Tensor:
+    """[B, C, t, h, w] -> [B, C, t, 1, h, 1, w, 1], to meet ``tile``; in the precision of ``x``, channels next to each other."""
+    return cells.to(x.dtype, memory_format=LAYOUT)[:, :, :, None, :, None, :, None]
+
+
 def tile(x: Tensor, cells: Tensor) -> Tensor:
-    """A view [B, C, t, T/t, h, H/h, w, W/w] of ``x`` [B, C, T, H, W] for cells [B, C, t, h, w]."""
-    t, h, w = cells.shape[2:]
+    """A view [B, C, t, T/t, h, H/h, w, W/w] of ``x`` [B, C, T, H, W] for cells [B, C, t, 1, h, 1, w, 1]."""
+    t, h, w = cells.shape[2::2]
     return x.unflatten(2, (t, -1)).unflatten(4, (h, -1)).unflatten(6, (w, -1))
-
-
-def broadcast(cells: Tensor) -> Tensor:
-    """[B, C, t, h, w] -> [B, C, t, 1, h, 1, w, 1], to meet ``tile``."""
-    return cells[:, :, :, None, :, None, :, None]
 
 
 class NormSiLU(nn.Module):
@@ -144,7 +138,7 @@ class NormSiLU(nn.Module):
     affine map reaches the activation as one scale and one shift per latent cell.
     """
 
-    def __init__(self, channels: int, groups: int, eps: float, latent_channels: int | None = None) -> None:
+    def __init__(self, channels: int, *, groups: int, eps: float, latent_channels: int | None = None) -> None:
         super().__init__()
         self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.ones(channels))
@@ -152,16 +146,19 @@ class NormSiLU(nn.Module):
         self.scale = None if latent_channels is None else nn.Conv3d(latent_channels, channels, 1)
         self.shift = None if latent_channels is None else nn.Conv3d(latent_channels, channels, 1)
 
-    def forward(self, x: Tensor, time: TimeContext, latents: Tensor | None) -> Tensor:
-        """``x`` [B, C, T, H, W], latents [B, z, t, h, w] -> [B, C, ROOM+T, H, W], see ``ModulateSiLU``."""
+    def forward(self, x: Tensor, time: TimeContext, *, latents: Tensor | None = None) -> Tensor:
+        """``x`` [B, C, T, H, W], latents [B, z, t, h, w] -> [B, C, PAST+T, H, W], the input of a ``CausalConv3d``."""
         mean, m2 = Moments.apply(x, self.groups)
-        mean, variance = time.moments(x[0].numel() // self.groups, mean, m2)
+        mean, variance = time.moments(mean, m2, count=x[0].numel() // self.groups)
         scale = per_channel((variance + self.eps).rsqrt(), x) * self.weight[:, None, None, None]
         shift = self.bias[:, None, None, None] - per_channel(mean, x) * scale
         if self.scale is not None and self.shift is not None:
             gain = self.scale(latents)
             scale, shift = scale * gain, shift * gain + self.shift(latents)
-        return ModulateSiLU.apply(x, scale, shift, time.first)
+        out = ModulateSiLU.apply(x, scale, shift, time.first)
+        # Written in place, here where the buffer was made: joining the past on later would copy the whole activation.
+        out[:, :, :PAST] = time.left(self, out[:, :, PAST:], width=PAST)
+        return out
 
 
 class ResBlock(nn.Module):
@@ -171,17 +168,17 @@ class ResBlock(nn.Module):
         self, in_channels: int, out_channels: int, *, groups: int, eps: float, latent_channels: int | None = None
     ) -> None:
         super().__init__()
-        self.norm1 = NormSiLU(in_channels, groups, eps, latent_channels)
+        self.norm1 = NormSiLU(in_channels, groups=groups, eps=eps, latent_channels=latent_channels)
         self.conv1 = CausalConv3d(in_channels, out_channels)
-        self.norm2 = NormSiLU(out_channels, groups, eps, latent_channels)
+        self.norm2 = NormSiLU(out_channels, groups=groups, eps=eps, latent_channels=latent_channels)
         self.conv2 = CausalConv3d(out_channels, out_channels)
         self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor, time: TimeContext, latents: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: TimeContext, *, latents: Tensor | None = None) -> Tensor:
         """[B, C, T, H, W] -> [B, C', T, H, W]"""
         # One expression, so that no name keeps an activation alive while the next one is made.
-        out = self.conv2(self.norm2(self.conv1(self.norm1(x, time, latents), time), time, latents), time)
-        return out.add_(self.shortcut(x))
+        out = self.conv2(self.norm2(self.conv1(self.norm1(x, time, latents=latents)), time, latents=latents))
+        return out + self.shortcut(x)
 
 
 class Downsample(nn.Conv2d):
@@ -195,7 +192,7 @@ class Downsample(nn.Conv2d):
         self.in_time = in_time
 
     def forward(self, x: Tensor, time: TimeContext) -> Tensor:  # type: ignore[override]
-        """[B, C, T, H, W] -> [B, C, T' , H/2, W/2]"""
+        """[B, C, T, H, W] -> [B, C, T', H/2, W/2]"""
         if self.in_time:
             head, pairs = x[:, :, : int(time.first)], x[:, :, int(time.first) :]
             x = torch.cat([head, (pairs[:, :, 0::2] + pairs[:, :, 1::2]).mul_(0.5)], dim=2)
@@ -204,10 +201,10 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Doubles height and width (nearest, then a 3x3 convolution per frame), with ``in_time`` also the frames but frame 0.
+    """Doubles height and width (nearest, then a 3x3 convolution per frame), with ``in_time`` also all frames but frame 0.
 
     A 3x3 kernel on a nearest-upsampled image meets only 2x2 different pixels, so each of the four output phases is a 2x2
-    convolution of the small image; repeated frames are convolved once. Both are exact, for 4/9 and 2/9 of the products.
+    convolution of the small image, and repeated frames are convolved once: 4/9 and 2/9 of the products.
     """
 
     def __init__(self, channels: int, in_time: bool) -> None:
@@ -216,12 +213,58 @@ class Upsample(nn.Conv2d):
 
     def forward(self, x: Tensor, time: TimeContext) -> Tensor:  # type: ignore[override]
         """[B, C, T, H, W] -> [B, C, T', 2H, 2W]"""
-        batch, channels, _, height, width = x.shape
-        kernel = phases(phases(self.weight, 2), 4)  # [C, C, 3, 3] -> [x phase, y phase, C, C, 2, 2]
+        kernel = phase_kernels(phase_kernels(self.weight, 2), 4)  # [x phase, y phase, C, C, 2, 2]
         bias = self.bias.repeat(4)  # type: ignore[union-attr]
         corners = F.conv2d(frames_as_batch(x), kernel.flatten(0, 2), bias, padding=1)
-        corners = corners.unflatten(1, (2, 2, channels)).unflatten(0, (batch, -1))  # [B, T, 2, 2, C, H+1, W+1]
-        rows = [
-            torch.stack([corners[:, :, q, p, :, p : p + height, q : q + width] for q in (0, 1)], dim=-1) for p in (0, 1)
-        ]
-        return torch.stack(rows, dim=-3)
+        # [B*T, 4C, H+1, W+1] -> [x phase, y phase, B, C, T, H+1, W+1]
+        corners = corners.unflatten(1, (2, 2, -1)).unflatten(0, (x.shape[0], -1)).permute(2, 3, 0, 4, 1, 5, 6)
+        return Interleave.apply(corners, int(time.first) if self.in_time else x.shape[2])
+
+
+def phase_kernels(kernel: Tensor, dim: int) -> Tensor:
+    """Taps (a, b, c) along ``dim`` on a doubled signal -> taps on the signal: (a, b+c) for even, (a+b, c) for odd places."""
+    a, b, c = kernel.unbind(dim)
+    return torch.stack([torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)])
+
+
+class Interleave(torch.autograd.Function):
+    """Phases [x phase, y phase, B, C, T, H+1, W+1] -> [B, C, T', 2H, 2W]; frames after the first ``single`` come twice.
+
+    The even phase of a row or column starts at corner 0, the odd one at corner 1.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, corners: Tensor, single: int) -> Tensor:
+        ctx.single = single
+        batch, channels, frames, height, width = corners.shape[2:]
+        shape = (batch, channels, 2 * frames - single, 2 * height - 2, 2 * width - 2)
+        out = torch.empty(shape, dtype=corners.dtype, device=corners.device, memory_format=LAYOUT)
+        for part, corner in Interleave.parts(out, corners, single=single):
+            part.copy_(corner.expand_as(part))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        batch, channels, frames, height, width = grad.shape
+        shape = (batch, (frames + ctx.single) // 2, height // 2 + 1, width // 2 + 1, 2, 2, channels)
+        corners = grad.new_zeros(shape).permute(4, 5, 0, 6, 1, 2, 3)
+        for part, corner in Interleave.parts(grad, corners, single=ctx.single):
+            torch.sum(part, 3, keepdim=True, out=corner)
+        return corners, None
+
+    @staticmethod
+    def parts(out: Tensor, corners: Tensor, *, single: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views [B, C, frames, repeats, H, W] of ``out`` and [B, C, frames, 1, H, W] of ``corners`` that belong together."""
+        height, width = corners.shape[-2] - 1, corners.shape[-1] - 1
+        doubled = corners.shape[4] - single
+        for q, p in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            part = out[..., p::2, q::2]
+            corner = corners[q, p, ..., p : p + height, q : q + width].unsqueeze(3)
+            yield part[:, :, :single].unsqueeze(3), corner[:, :, :single]
+            yield part[:, :, single:].unflatten(2, (doubled, 2)), corner[:, :, single:]
+
+
+def frames_as_batch(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [B*T, C, H, W], a view in this module's memory layout."""
+    return x.transpose(1, 2).flatten(0, 1)

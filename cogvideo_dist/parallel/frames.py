@@ -21,10 +21,13 @@ class TimeContext(Protocol):
     def first(self) -> bool:
         """Whether this piece holds frame 0 of the clip."""
 
-    def left(self, conv: nn.Module, x: Tensor, width: int) -> Tensor:
-        """The ``width`` frames [B, C, width, H, W] left of ``x`` [B, C, T, H, W], the input of ``conv``; differentiable."""
+    def left(self, asker: nn.Module, x: Tensor, *, width: int) -> Tensor:
+        """The ``width`` frames [B, C, width, H, W] left of ``x`` [B, C, T, H, W]; differentiable.
 
-    def moments(self, count: int, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor]:
+        ``asker`` is the module that convolves ``x`` or makes it for a convolution; each asks once per piece.
+        """
+
+    def moments(self, mean: Tensor, m2: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
         """Merge a group norm's local statistics with those of the other pieces of the clip.
 
         ``mean`` and ``m2`` (the sum of squared deviations from that mean) are [B, G] over ``count`` local elements.
@@ -37,10 +40,10 @@ class Whole:
 
     first = True
 
-    def left(self, conv: nn.Module, x: Tensor, width: int) -> Tensor:
+    def left(self, asker: nn.Module, x: Tensor, *, width: int) -> Tensor:
         return _repeat_first(x, width)
 
-    def moments(self, count: int, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, mean: Tensor, m2: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
         return mean, m2 / count
 
 
@@ -48,21 +51,22 @@ class Stream:
     """The clip comes chunk after chunk, each with the last frames of the one before on its left.
 
     The caller owns the stream, runs the model once per chunk and calls ``next`` in between. Gradients flow back through the
-    remembered frames. Statistics are those of each chunk alone, as in the chunked mode of the released models.
+    remembered frames, but a chunk cannot be computed again later (activation checkpointing), because the memory has moved on.
+    Statistics are those of each chunk alone, as in the chunked mode of the released models.
     """
 
     def __init__(self) -> None:
         self.first = True
         self._tails: dict[nn.Module, Tensor] = {}
 
-    def left(self, conv: nn.Module, x: Tensor, width: int) -> Tensor:
-        left = _repeat_first(x, width) if self.first else self._tails[conv]
+    def left(self, asker: nn.Module, x: Tensor, *, width: int) -> Tensor:
+        left = _repeat_first(x, width) if self.first else self._tails[asker]
         # A copy, because a view would keep the whole activation alive until the next chunk.
         tail = torch.cat([left, x], dim=2) if x.shape[2] < width else x
-        self._tails[conv] = tail[:, :, -width:].clone()
+        self._tails[asker] = tail[:, :, -width:].clone()
         return left
 
-    def moments(self, count: int, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, mean: Tensor, m2: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
         return mean, m2 / count
 
     def next(self) -> None:

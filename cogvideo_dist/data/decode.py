@@ -1,0 +1,272 @@
+"""Bytes of a clip or an image -> pixels of a legal size, on the clip's own timeline.
+
+Frames are chosen by time, not by count: frame i is the one that shows at ``t0 + i / fps``. So the motion has its true
+speed for any source rate, and for variable ones. All pixels are uint8 [T, H, W, 3] RGB, as displayed (turned upright).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Generator, Tensor
+
+Crop = Literal["random", "center"]
+
+TICK = 1e-3
+"""Seconds by which a stored timestamp may be off: Matroska rounds to whole milliseconds."""
+
+MAX_PIXELS = 2**24
+"""Largest frame or image that is decoded; above it a file is refused by its header."""
+
+DEMUXERS = "mov,matroska"
+"""The only containers that are opened: a playlist under a video's name could make the library fetch other files."""
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+EXIF_ORIENTATION = 0x0112
+
+
+class DecodeError(ValueError):
+    """Bytes that do not hold what was asked of them; the same for everyone who reads them."""
+
+
+class Probe(NamedTuple):
+    """What decoding found. ``height`` and ``width`` as displayed; ``frames / fps`` is the duration; an image has fps 0.
+
+    ``rotation``: degrees counterclockwise that the container or EXIF asks for, already applied here.
+    """
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+    rotation: int
+
+
+class Moment(NamedTuple):
+    """When a frame begins to show, and for how long by its container (0: unknown), in seconds."""
+
+    start: float
+    length: float
+
+
+def covers(duration: float, *, frames: int, fps: float) -> bool:
+    """Whether a clip of ``duration`` seconds still shows at the last of ``frames`` moments 1 / fps apart."""
+    return (frames - 1) / fps <= duration - TICK
+
+
+def probe(data: bytes) -> Probe:
+    """Decode a whole clip and say what is in it; raises ``DecodeError`` where any of it cannot be decoded."""
+    moments: list[Moment] = []
+    with _opened(data) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        height, width, rotation = 0, 0, 0
+        for frame in _frames(_packets(container, stream)):
+            if not moments:
+                height, width, rotation = _displayed(frame)
+            elif _displayed(frame) != (height, width, rotation):
+                raise DecodeError(f"the picture changes its size at frame {len(moments)}")
+            moments.append(_moment(frame))
+        if not moments:
+            raise DecodeError("no frame of the video can be decoded")
+        duration = _duration(moments, stream.average_rate)
+    return Probe(len(moments), len(moments) / duration, height, width, rotation)
+
+
+def decode_video(
+    data: bytes, *, fps: float, frames: int, size: tuple[int, int], generator: Generator, crop: Crop
+) -> Tensor:
+    """``frames`` frames, 1 / fps apart, of (height, width) ``size`` -> uint8 [frames, height, width, 3].
+
+    ``random``: start and crop are uniform over the room there is; ``center``: the clip's beginning and its middle. A frame
+    shows until the next begins, so a source slower than ``fps`` repeats frames, and no other does. Raises ``DecodeError``
+    for damage, for a clip that is too short, and where a frame would have to be enlarged.
+    """
+    start, *place = _places(generator, crop)
+    with _opened(data) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        packets = list(_packets(container, stream))
+        pixels = torch.empty((frames, *size, 3), dtype=torch.uint8)
+        previous, times, end, done = None, [math.inf] * frames, math.inf, 0
+        for frame in _frames(packets):
+            moment = _moment(frame)
+            if previous is None:
+                moments = [m for m in map(_moment, packets) if m.start >= moment.start]
+                length = _duration(moments, stream.average_rate)
+                times, end = _times(moment.start, length, frames=frames, fps=fps, start=start), moment.start + length
+            else:
+                done = _show(previous, pixels, done=done, upto=moment.start, times=times, place=place)
+            previous = frame
+            if done == frames:
+                return pixels
+        if previous is not None:
+            done = _show(previous, pixels, done=done, upto=end + TICK, times=times, place=place)
+        if done < frames:
+            raise DecodeError(f"only {done} of the {frames} frames that are needed can be decoded")
+        return pixels
+
+
+def probe_image(data: bytes) -> Probe:
+    """Decode an image and say what is in it: one frame."""
+    with _image(data) as image:
+        rotation = {3: 180, 6: -90, 8: 90}.get(image.getexif().get(EXIF_ORIENTATION, 1), 0)
+        upright = ImageOps.exif_transpose(image)
+        return Probe(1, 0.0, upright.height, upright.width, rotation)
+
+
+def decode_image(data: bytes, *, size: tuple[int, int], generator: Generator, crop: Crop) -> Tensor:
+    """An image -> uint8 [1, height, width, 3]; transparency is shown on white. Errors and crop as for a clip."""
+    _, *place = _places(generator, crop)
+    with _image(data) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.has_transparency_data:
+            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+        return _fit(upright.convert("RGB"), size, place)[None]
+
+
+def _places(generator: Generator, crop: Crop) -> list[float]:
+    """(start, top, left), each a share in [0, 1) of the room there is."""
+    if crop == "center":
+        return [0.0, 0.5, 0.5]
+    return torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+
+
+def _opened(data: bytes) -> av.container.InputContainer:
+    try:
+        container = av.open(
+            io.BytesIO(data), mode="r", metadata_errors="replace", options={"format_whitelist": DEMUXERS}
+        )
+    except (av.error.FFmpegError, ValueError) as error:
+        raise DecodeError(f"not a readable MP4, MOV, MKV or WebM file ({_plain(error)})") from None
+    if not container.streams.video:
+        container.close()
+        raise DecodeError("no video stream, or the part of the file that describes it is cut off")
+    context = container.streams.video[0].codec_context
+    if context is None:
+        container.close()
+        raise DecodeError("the video's codec is unknown")
+    _check_pixels(context.width, context.height)
+    return container
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise DecodeError(f"{width} x {height} pixels are more than the {MAX_PIXELS} that are decoded")
+
+
+def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    """The stream's packets that hold data, then the empty one that flushes the decoder."""
+    try:
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise DecodeError("the file is cut short or damaged")
+            yield packet
+    except av.error.FFmpegError as error:
+        raise DecodeError(f"the file is damaged ({_plain(error)})") from None
+
+
+def _frames(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
+    try:
+        for packet in packets:
+            for frame in packet.decode():
+                if not isinstance(frame, av.VideoFrame) or frame.is_corrupt:
+                    raise DecodeError("a frame is damaged")
+                if frame.pts is None:
+                    raise DecodeError("a frame has no timestamp")
+                yield frame
+    except av.error.FFmpegError as error:
+        raise DecodeError(f"the video stream cannot be decoded ({_plain(error)})") from None
+
+
+def _plain(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _moment(item: av.VideoFrame | av.Packet) -> Moment:
+    """Packets that show nothing (the flush, those before an edit's beginning) are before every frame."""
+    if item.pts is None or item.time_base is None or (isinstance(item, av.Packet) and item.is_discard):
+        return Moment(-math.inf, 0.0)
+    return Moment(float(item.pts * item.time_base), float((item.duration or 0) * item.time_base))
+
+
+def _duration(moments: Sequence[Moment], rate: Fraction | None) -> float:
+    """Seconds from the first frame's beginning to the last one's end.
+
+    Where the stated rate agrees with the timestamps, it tells the last frame's length better than a rounded timestamp.
+    """
+    first, last = min(moments), max(moments)
+    span = last.start - first.start
+    if rate and abs(span - float((len(moments) - 1) / rate)) <= TICK:
+        return float(len(moments) / rate)
+    length = last.length or (span / (len(moments) - 1) if len(moments) > 1 else 0.0)
+    if span + length <= 0:
+        raise DecodeError("the video has no duration")
+    return span + length
+
+
+def _times(origin: float, duration: float, *, frames: int, fps: float, start: float) -> list[float]:
+    room = duration - TICK - (frames - 1) / fps
+    if room < -1e-6:  # rounding of frames / fps
+        raise DecodeError(f"lasts {duration:.3f} s, too short for {frames} frames at {fps:g} per second")
+    return [origin + start * max(room, 0.0) + i / fps for i in range(frames)]
+
+
+def _show(
+    frame: av.VideoFrame, pixels: Tensor, *, done: int, upto: float, times: Sequence[float], place: Sequence[float]
+) -> int:
+    """Write ``frame`` at every moment from ``done`` on that lies before ``upto``; the number written so far."""
+    stop = done
+    while stop < len(times) and times[stop] + TICK < upto:
+        stop += 1
+    if stop > done:
+        image = np.rot90(frame.to_ndarray(format="rgb24"), _displayed(frame)[2] // 90)
+        height, width = pixels.shape[1:3]
+        pixels[done:stop] = _fit(Image.fromarray(np.ascontiguousarray(image)), (height, width), place)
+    return stop
+
+
+def _displayed(frame: av.VideoFrame) -> tuple[int, int, int]:
+    """(height, width, rotation) of a frame as shown."""
+    if frame.rotation % 90:
+        raise DecodeError(f"asks to be rotated by {frame.rotation} degrees; only quarter turns can be shown")
+    turned = frame.rotation % 180 != 0
+    return (frame.width, frame.height, frame.rotation) if turned else (frame.height, frame.width, frame.rotation)
+
+
+def _image(data: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        _check_pixels(*image.size)
+        # a phone's JPEG may carry previews as further frames (MPO); its first is the picture
+        if image.format != "MPO" and getattr(image, "n_frames", 1) != 1:
+            raise DecodeError("an animation, not an image; store it as a video")
+        if image.mode[0] in "IF":
+            raise DecodeError(f"pixels of mode {image.mode}; convert it to 8 bits per channel")
+        image.load()
+    except UnidentifiedImageError:
+        raise DecodeError("not a readable PNG, JPEG or WebP file") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DecodeError(f"the image is damaged ({error})") from None
+    return image
+
+
+def _fit(image: Image.Image, size: tuple[int, int], place: Sequence[float]) -> Tensor:
+    """Scale down (antialiased bicubic) to cover ``size`` and crop, in one resampling -> uint8 [height, width, 3]."""
+    (height, width), (top, left) = size, place
+    scale = max(height / image.height, width / image.width)
+    if scale > 1:
+        raise DecodeError(f"{image.height} x {image.width} pixels would have to be enlarged to {height} x {width}")
+    tall, wide = min(height / scale, image.height), min(width / scale, image.width)
+    # whole source pixels, so that a crop without scaling copies pixels
+    y, x = int(top * (int(image.height - tall) + 1)), int(left * (int(image.width - wide) + 1))
+    fitted = image.resize((width, height), Image.Resampling.BICUBIC, box=(x, y, x + wide, y + tall))
+    return torch.from_numpy(np.array(fitted))

@@ -1,0 +1,180 @@
+"""Reads what the plan says, one pack at a time, in worker processes that know nothing but what they are asked."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import count
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch.utils.data import DataLoader, Dataset
+
+from cogvideo_dist.config.schema import SPATIAL, TEMPORAL, Data
+from cogvideo_dist.data.decode import Crop, DecodeError, decode_image, decode_video
+from cogvideo_dist.data.plan import HELD_OUT, Plan
+from cogvideo_dist.data.shards import KINDS, DataError, Record, ShardReader, caption_of
+from cogvideo_dist.pack.layout import PackLayout
+from cogvideo_dist.protocols import Batch, Defect, Geometry, Sample, Slot, StepPlan
+from cogvideo_dist.rng import fold
+
+TIMEOUT = 120
+"""Seconds after which a worker that delivers nothing is given up, and the run with it."""
+
+Read = tuple[tuple[Sample, ...], tuple[Defect, ...]]
+
+
+def read_sample(reader: ShardReader, record: Record, slot: Slot, *, seed: int, fps: float, crop: Crop) -> Sample:
+    """One clip at the slot's size; raises ``DataError`` if its bytes do not hold that.
+
+    Start and crop are drawn from (seed, slot's epoch and index), so a substitute is cut as the clip would have been.
+    """
+    try:
+        if record.kind == "latent":
+            return _latent_sample(reader, record, slot)
+        caption = caption_of(reader.read(record, "txt"))
+        data = reader.read(record, next((ext for ext in record.members if KINDS.get(ext) == record.kind), record.kind))
+        generator = fold(seed, "crop", slot.epoch, slot.index)
+        frames, *size = slot.size
+        area = (size[0], size[1])
+        if record.kind == "image":
+            pixels = decode_image(data, size=area, generator=generator, crop=crop)
+        else:
+            pixels = decode_video(data, fps=fps, frames=frames, size=area, generator=generator, crop=crop)
+        return Sample(slot, record.key, caption, pixels=pixels)
+    except (DecodeError, SafetensorError) as error:
+        raise DataError(record.key, record.source, str(error)) from None
+
+
+def _latent_sample(reader: ShardReader, record: Record, slot: Slot) -> Sample:
+    moments, features = load(reader.read(record, "latent.safetensors")), load(reader.read(record, "text.safetensors"))
+    frames, height, width = slot.size
+    expected = ((frames - 1) // TEMPORAL + 1, height // SPATIAL, width // SPATIAL)
+    if set(moments) != {"mean", "logvar"} or set(features) != {"text"}:
+        raise DecodeError(f"expected tensors mean, logvar and text, found {', '.join([*moments, *features])}")
+    mean, logvar, text = moments["mean"], moments["logvar"], features["text"]
+    if mean.dim() != 4 or tuple(mean.shape[1:]) != expected or logvar.shape != mean.shape or text.dim() != 2:
+        raise DecodeError(
+            f"a clip of {list(slot.size)} has mean and logvar of [C, {', '.join(map(str, expected))}] and text of "
+            f"[L, dim], found {list(mean.shape)}, {list(logvar.shape)} and {list(text.shape)}"
+        )
+    caption = caption_of(reader.read(record, "txt")) if "txt" in record.members else ""
+    return Sample(slot, record.key, caption, mean=mean, logvar=logvar, text=text)
+
+
+class _Packs(Dataset[Read]):
+    """The slots of a pack -> its samples: a function without state, so any worker may evaluate it."""
+
+    def __init__(self, plan: Plan, reader: ShardReader, data: Data) -> None:
+        self.plan, self.reader, self.data = plan, reader, data
+
+    def __getitem__(self, slots: tuple[Slot, ...]) -> Read:
+        samples, defects = zip(*map(self._read, slots))
+        return samples, sum(defects, ())
+
+    def _read(self, slot: Slot) -> tuple[Sample, tuple[Defect, ...]]:
+        """The slot's clip or, if its bytes are at fault, the first of its substitutes whose bytes are not."""
+        crop: Crop = "center" if slot.epoch == HELD_OUT else self.data.crop
+        failed: list[DataError] = []
+        for index in (slot.index, *self.plan.substitutes(slot)):
+            record = self.plan.records[index]
+            try:
+                sample = read_sample(self.reader, record, slot, seed=self.plan.seed, fps=self.data.fps, crop=crop)
+            except DataError as error:
+                failed.append(error)
+            else:
+                return sample, tuple(Defect(e.key, e.source, e.reason, replaced_by=sample.key) for e in failed)
+        raise ValueError(
+            f"none of the {len(failed)} clips of size {list(slot.size)} can be read; the first: {failed[0]}"
+        )
+
+
+class Loader:
+    """The batches of data-parallel rank ``dp_rank`` of ``dp_size``: pack ``micro * dp_size + dp_rank`` of every step.
+
+    A clip whose bytes are damaged is replaced and listed in its batch's ``defects``. Errors of the storage, a worker
+    that dies and one that delivers nothing for ``TIMEOUT`` seconds raise.
+    """
+
+    def __init__(
+        self, plan: Plan, reader: ShardReader, *, data: Data, geometry: Geometry, dp_rank: int, dp_size: int
+    ) -> None:
+        packs = data.packs_per_step
+        if packs % dp_size:
+            sizes = ", ".join(str(size) for size in range(1, packs + 1) if packs % size == 0)
+            raise ValueError(
+                f"data.packs_per_step {packs} does not divide over {dp_size} data-parallel ranks; "
+                f"numbers of ranks that do: {sizes}"
+            )
+        self.plan, self.geometry, self.workers = plan, geometry, data.workers
+        self.packs = _Packs(plan, reader, data)
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+
+    @property
+    def micro_steps(self) -> int:
+        """Batches of a step on every rank."""
+        return self.plan.packs_per_step // self.dp_size
+
+    def iterate(self, first_step: int) -> Iterator[Batch]:
+        """Batches without end: all micro-steps of ``first_step``, then those of the next."""
+        return self._batches(
+            (plan, pack) for plan in map(self.plan.step, count(first_step)) for pack in self._mine(plan)
+        )
+
+    @property
+    def held_out_count(self) -> int:
+        """Batches that ``held_out_batches`` yields on this rank; ranks may differ by one."""
+        return len(self._mine(self.plan.held_out_plan))
+
+    @property
+    def held_out_rounds(self) -> int:
+        """The largest ``held_out_count`` of all ranks."""
+        return -(-len(self.plan.held_out_plan.packs) // self.dp_size)
+
+    def held_out_batches(self) -> Iterator[Batch]:
+        """This rank's packs of the held-out clips: every ``dp_size``-th, beginning and middle of each clip."""
+        return self.held_out_batches_of(self.dp_rank)
+
+    def held_out_batches_of(self, dp_rank: int) -> Iterator[Batch]:
+        """What ``held_out_batches`` yields on another rank."""
+        plan = self.plan.held_out_plan
+        return self._batches((plan, pack) for pack in range(dp_rank, len(plan.packs), self.dp_size))
+
+    def _mine(self, plan: StepPlan) -> range:
+        return range(self.dp_rank, len(plan.packs), self.dp_size)
+
+    def _batches(self, wanted: Iterable[tuple[StepPlan, int]]) -> Iterator[Batch]:
+        asked: deque[tuple[StepPlan, int]] = deque()
+
+        def keys() -> Iterator[tuple[Slot, ...]]:
+            for plan, pack in wanted:
+                asked.append((plan, pack))
+                yield plan.packs[pack]
+
+        results: DataLoader[Read] = DataLoader(
+            self.packs,
+            sampler=keys(),
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=2 if self.workers else None,
+            timeout=TIMEOUT if self.workers else 0,
+            worker_init_fn=_one_thread,
+            collate_fn=_as_it_is,
+            generator=fold(self.plan.seed, "workers"),  # or the global generator would be drawn from
+        )
+        for samples, defects in results:
+            plan, pack = asked.popleft()
+            layout = PackLayout(tuple(self.geometry(slot.size) for slot in plan.packs[pack]))
+            yield Batch(plan, pack, sum(map(len, plan.packs[:pack])), layout, samples, defects)
+
+
+def _as_it_is(read: Any) -> Any:
+    """The default would turn tuples into lists."""
+    return read
+
+
+def _one_thread(worker: int) -> None:
+    """Workers share the cores among themselves already."""
+    torch.set_num_threads(1)

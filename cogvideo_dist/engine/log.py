@@ -1,0 +1,134 @@
+"""What a run tells: a progress line, TensorBoard, ``log.jsonl``, the data report and pictures. Only the first rank tells."""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from cogvideo_dist.evaluation.media import gif_bytes, write_contact_sheet, write_mp4
+from cogvideo_dist.parallel.mesh import Axis
+from cogvideo_dist.parallel.ops import reduce_sum
+from cogvideo_dist.protocols import Defect, Picture
+
+
+class Meter:
+    """Sums of (value, weight) pairs by name; those of tensors stay on their device until they are due."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[Tensor | float]] = {}
+
+    def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
+        pair = [item.detach().double() if isinstance(item, Tensor) else float(item) for item in (value, weight)]
+        held = self.sums.get(name, [0.0, 0.0])
+        self.sums[name] = [held[0] + pair[0], held[1] + pair[1]]
+
+    def reduce(self, axis: Axis, device: torch.device) -> dict[str, tuple[float, float]]:
+        """(sum, weight) by name over all ranks, each of which must have added the same names; empties the meter."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        flat = [torch.as_tensor(item, dtype=torch.float64, device=device) for name in names for item in self.sums[name]]
+        total = reduce_sum(torch.stack(flat), axis).cpu().view(-1, 2)
+        self.sums = {}
+        return {name: (float(pair[0]), float(pair[1])) for name, pair in zip(names, total)}
+
+
+def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Quotients of the sums; names without weight are left out."""
+    return {name: value / weight for name, (value, weight) in sums.items() if weight}
+
+
+class RunLog:
+    """Files of one run; ``first_step`` is where this start of it begins, so that what a killed start logged later is dropped."""
+
+    def __init__(self, folder: Path, *, first_step: int, steps: int, speaks: bool) -> None:
+        self.folder, self.speaks = folder, speaks
+        if not speaks:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        _drop_after(folder / "log.jsonl", first_step)
+        self.lines = (folder / "log.jsonl").open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self.bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stderr, dynamic_ncols=True)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """``values`` after ``step`` updates."""
+        if not self.speaks:
+            return
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        self.lines.write(json.dumps({"step": step, **values}) + "\n")
+        self.lines.flush()
+
+    def progress(self, step: int, **shown: str) -> None:
+        if self.speaks:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def say(self, text: str) -> None:
+        if self.speaks:
+            self.bar.write(text, file=sys.stderr)
+
+    def pictures(self, step: int, pictures: Sequence[Picture]) -> None:
+        """mp4s and one contact sheet on disk, moving pictures in TensorBoard."""
+        if not self.speaks or not pictures:
+            return
+        folder = self.folder / "samples" / f"step-{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture in pictures:
+            write_mp4(folder / f"{picture.name}.mp4", picture.frames, picture.fps)
+            self.board._get_file_writer().add_summary(_moving(f"samples/{picture.name}", picture), step)
+        write_contact_sheet(folder / "contact-sheet.png", [(picture.caption, picture.frames) for picture in pictures])
+
+    def defects(self, defects: Iterable[Defect]) -> None:
+        """Append to the data report; every sample that was not used as planned is one line of it."""
+        if self.speaks:
+            with (self.folder / "data_report.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(vars(defect), ensure_ascii=False) + "\n" for defect in defects)
+
+    def close(self) -> None:
+        if self.speaks:
+            self.bar.close()
+            self.lines.close()
+            self.board.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the lines of ``log.jsonl`` up to ``step``; a torn last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry: dict[str, Any] = json.loads(line)
+        except ValueError:
+            continue
+        if entry["step"] <= step:
+            kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _moving(tag: str, picture: Picture) -> Summary:
+    data = gif_bytes(picture.frames, picture.fps)
+    width, height = Image.open(io.BytesIO(data)).size
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+    return Summary(value=[Summary.Value(tag=tag, image=image)])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that CUDA's allocator held, or this process's largest resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,226 @@
+"""The loop: read a pack, add its share of the loss, step; log, judge and save when due."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cogvideo_dist.config.schema import Checkpoint, Log, Run, Train, Validation
+from cogvideo_dist.engine.checkpoint import Saved, checkpoints, load, newest, save
+from cogvideo_dist.engine.flops import peak_flops
+from cogvideo_dist.engine.log import Meter, RunLog, means, peak_memory
+from cogvideo_dist.engine.optim import learning_rate
+from cogvideo_dist.engine.zero import Engine
+from cogvideo_dist.parallel.mesh import ParallelMesh
+from cogvideo_dist.parallel.ops import barrier, broadcast_object, gather_objects
+from cogvideo_dist.protocols import Batch, Defect, Task
+
+
+class Batches(Protocol):
+    """This rank's share of the data. ``held_out`` yields as many batches on every rank; a pack of weight 0 fills up."""
+
+    def iterate(self, first_step: int) -> Iterator[Batch]: ...
+
+    def held_out(self) -> Iterator[tuple[Batch, float]]: ...
+
+
+class Settings(Protocol):
+    """The sections of a run's configuration that the trainer reads."""
+
+    @property
+    def run(self) -> Run: ...
+    @property
+    def train(self) -> Train: ...
+    @property
+    def checkpoint(self) -> Checkpoint: ...
+    @property
+    def log(self) -> Log: ...
+    @property
+    def validation(self) -> Validation: ...
+
+
+class Trainer:
+    """One run of one task on one mesh, from its newest checkpoint (or from the start) to its last step."""
+
+    def __init__(self, settings: Settings, task: Task, *, batches: Batches, mesh: ParallelMesh, data_limits: DataLimits) -> None:
+        self.settings, self.task, self.batches, self.mesh = settings, task, batches, mesh
+        self.limits = data_limits
+        self.folder = Path(settings.run.dir)
+        self.first_step, self.engine = self._start()
+        self.log = RunLog(self.folder, first_step=self.first_step, steps=settings.train.steps, speaks=mesh.is_first)
+        self.meter = Meter()
+        self.defects: list[Defect] = []
+        self.peak = peak_flops(self.engine.device, settings.log.peak_tflops) * mesh.replica.size
+
+    def run(self) -> None:
+        """Train to the end. Held-out loss is taken before the first step, when due, and after the last."""
+        steps = self.settings.train.steps
+        if self.first_step == 0:
+            self.validate(0)
+        batches = self.batches.iterate(self.first_step)
+        self.since = time.monotonic()
+        for step in range(self.first_step, steps):
+            self._step(step, batches)
+            done = step + 1
+            last = done == steps
+            if last or done % self.settings.log.every == 0:
+                self._report(done)
+            if last or _due(done, self.settings.validation.every):
+                self.validate(done)
+            if last or _due(done, self.settings.validation.samples_every):
+                self.show(done)
+            if last or done % self.settings.checkpoint.every == 0:
+                self.save(done)
+        self.log.close()
+
+    def _start(self) -> tuple[int, Engine]:
+        """The engine, with the state of the newest whole checkpoint if there is one. All ranks take the same."""
+        found = broadcast_object(self._newest() if self.mesh.is_first else None, self.mesh.replica)
+        if isinstance(found, str):
+            raise ValueError(found)
+        path = found
+        state = saved = None
+        if path is not None:
+            state, saved = load(path, self.task.model)
+            with torch.no_grad():
+                for name, parameter in self.task.model.named_parameters():
+                    if parameter.requires_grad:
+                        parameter.copy_(state["weights"][name])
+        engine = Engine(
+            self.task.model, self.settings.train, mesh=self.mesh, micro_steps=self.limits.micro_steps
+        )
+        if state is None or saved is None:
+            return 0, engine
+        engine.load_state(state, step=saved.step)
+        engine.scaler = saved.scaler
+        return saved.step, engine
+
+    def _newest(self) -> Path | str | None:
+        try:
+            path, problems = newest(self.folder / "ckpt")
+        except ValueError as error:
+            return str(error)
+        for problem in problems:
+            print(f"cogvideo_dist: warning: falling back to {path}: {problem}", flush=True)
+        return path
+
+    def _step(self, step: int, batches: Iterator[Batch]) -> None:
+        rate = learning_rate(self.settings.train, step)
+        for _ in range(self.limits.micro_steps):
+            waited = time.monotonic()
+            batch = next(batches)
+            self.meter.add("time/loader_wait", time.monotonic() - waited, 0.0)
+            loss = self.task.loss(self.engine.forward, batch)
+            self.engine.backward(loss.total)
+            self.engine.step(rate)
+            self._count(batch, loss.total.detach())
+            for name, (value, weight) in loss.metrics.items():
+                self.meter.add(name, value, weight)
+        self.meter.add("steps", 1.0)
+
+    def _count(self, batch: Batch, loss: Tensor) -> None:
+        self.meter.add("loss", loss, 0.0)
+        self.meter.add("tokens", batch.layout.tokens, self.limits.tokens_per_pack)
+        self.meter.add("samples", len(batch.samples), len(batch.defects))
+        self.meter.add("flops", self.task.flops(batch.layout), 0.0)
+        self.defects += batch.defects
+
+    def _report(self, done: int) -> None:
+        """Reduce and write what was metered since the last report."""
+        device, train = self.engine.device, self.settings.train
+        sums = self.meter.reduce(self.mesh.dp, device)
+        elapsed = time.monotonic() - self.since
+        self.since = time.monotonic()
+        steps = sums.pop("steps")[0] / self.mesh.dp.size
+        loss, tokens, samples = sums.pop("loss")[0] / steps, sums.pop("tokens"), sums.pop("samples")
+        flops, wait = sums.pop("flops")[0], sums.pop("time/loader_wait")[0]
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {done} is {loss}; the last checkpoint stands")
+        values = {
+            "loss": loss,
+            "learning_rate": learning_rate(train, done - 1),
+            "gradient_norm": float(self.engine.grad_norm or 0.0),
+            "throughput/tokens_per_s": tokens[0] / elapsed,
+            "throughput/samples_per_s": samples[0] / elapsed,
+            "throughput/mfu": flops / elapsed / self.peak,
+            "throughput/step_s": elapsed / steps,
+            "data/padding_share": 1 - tokens[0] / tokens[1],
+            "data/loader_wait_share": wait / self.mesh.dp.size / elapsed,
+            "data/samples": samples[0],
+            "memory/peak_gib": max(gather_objects(peak_memory(device), self.mesh.replica)) / 2**30,
+            **means(sums),
+        }
+        if train.precision == "fp16":
+            values["loss_scale"] = self.engine.scaler["cur_scale"]
+        self.log.scalars(done, values)
+        self.log.progress(done, loss=f"{loss:.4f}", norm=f"{values['gradient_norm']:.3f}", mfu=f"{values['throughput/mfu']:.0%}")
+        self._check_data(int(samples[0]))
+
+    def _check_data(self, samples: int) -> None:
+        """List the samples that were replaced and stop where they are too many. Every rank comes to the same verdict."""
+        gathered = gather_objects(self.defects, self.mesh.dp)
+        self.defects = []
+        defects = [defect for part in gathered for defect in part]
+        self.log.defects(defects)
+        for defect in defects:
+            self.log.say(f"data: {defect.source}: {defect.reason}; used {defect.replaced_by} instead")
+        self.limits.samples += samples
+        self.limits.bad += len(defects)
+        if self.limits.samples >= self.limits.judged_after and self.limits.bad > self.limits.max_bad_share * self.limits.samples:
+            raise ValueError(
+                f"{self.limits.bad} of {self.limits.samples} samples could not be read, more than data.max_bad_share "
+                f"{self.limits.max_bad_share}; they are listed in {self.folder / 'data_report.jsonl'}"
+            )
+
+    def validate(self, done: int) -> None:
+        """Held-out losses, over all ranks' shares of the held-out clips."""
+        meter = Meter()
+        self.engine.model.eval()
+        for batch, weight in self.batches.held_out():
+            for name, (value, count) in self.task.held_out_loss(self.engine.forward, batch).items():
+                meter.add(name, value * weight, count * weight)
+        self.engine.model.train()
+        values = means(meter.reduce(self.mesh.dp, self.engine.device))
+        if values:
+            self.log.scalars(done, values)
+            self.log.say(f"step {done}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+
+    def show(self, done: int) -> None:
+        """Pictures from the averaged weights."""
+        if not self.settings.validation.samples_every:
+            return
+        self.engine.model.eval()
+        with self.engine.averaged():
+            self.log.pictures(done, self.task.pictures(self.engine.forward))
+        self.engine.model.train()
+
+    def save(self, done: int) -> None:
+        state = self.engine.full_state()
+        if self.mesh.is_first:
+            about = {"config_seed": self.settings.run.seed, **self.task.fingerprint()}
+            saved = Saved(done, self.settings.run.seed, about, self.engine.scaler)
+            save(self.folder / "ckpt", state, saved, keep=self.settings.checkpoint.keep)
+        barrier(self.mesh.replica)
+
+
+class DataLimits:
+    """What the trainer must know of the data: packs per rank and step, the token budget, and how much may be bad."""
+
+    judged_after = 100
+
+    def __init__(self, *, micro_steps: int, tokens_per_pack: int, max_bad_share: float) -> None:
+        self.micro_steps, self.tokens_per_pack, self.max_bad_share = micro_steps, tokens_per_pack, max_bad_share
+        self.samples = self.bad = 0
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+__all__ = ["Batches", "DataLimits", "Settings", "Trainer", "checkpoints"]

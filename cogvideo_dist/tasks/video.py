@@ -1,0 +1,176 @@
+"""Text-to-video: a pack of clips -> the share of the step's velocity loss (Yang et al. 2024, sec. 2; Salimans and Ho 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cogvideo_dist.config.schema import Diffusion, Validation
+from cogvideo_dist.diffusion.schedule import Schedule, ScheduleConfig
+from cogvideo_dist.diffusion.timesteps import TIMESTEP_SAMPLING
+from cogvideo_dist.evaluation.media import to_uint8
+from cogvideo_dist.models.dit import DiT
+from cogvideo_dist.models.text import TextEncoder
+from cogvideo_dist.models.vae import VAE, Posterior
+from cogvideo_dist.pack.layout import PackLayout
+from cogvideo_dist.pack.patch import patchify
+from cogvideo_dist.pack.shard import SequenceShard
+from cogvideo_dist.protocols import Batch, Loss, Picture, Sample
+from cogvideo_dist.rng import fold
+from cogvideo_dist.tasks.sampling import Sampler, padded_front
+
+HELD_OUT_SEED = 0
+"""Not the run's: held-out noise is the same in every run, so that held-out losses can be compared between runs."""
+
+
+@dataclass(frozen=True)
+class FrozenModels:
+    """The autoencoder and the text encoder, where the run needs them; ``latent_scale`` is the autoencoder's factor."""
+
+    latent_scale: float
+    vae: VAE | None = None
+    vae_semantics: str = "whole"
+    text: TextEncoder | None = None
+
+
+class VideoTask:
+    """Trains ``model`` on the velocity of noisy latents."""
+
+    def __init__(
+        self, model: DiT, frozen: FrozenModels, *, diffusion: Diffusion, validation: Validation, seed: int
+    ) -> None:
+        self.model, self.frozen, self.diffusion, self.validation, self.seed = model, frozen, diffusion, validation, seed
+        self.schedule = Schedule(ScheduleConfig(snr_shift=diffusion.snr_shift))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        """The pack's share of the step's loss; timesteps, noise, posterior and dropout follow (seed, epoch, step, sample)."""
+        draw = TIMESTEP_SAMPLING[self.diffusion.timesteps]
+        all_timesteps = draw(self.seed, batch.plan.step, clips=batch.plan.clips)
+        timesteps = all_timesteps[batch.first : batch.first + len(batch.samples)]
+        latents = [self._latent(sample) for sample in batch.samples]
+        noise = [
+            torch.randn(latent.shape, generator=fold(self.seed, "noise", sample.slot.epoch, sample.slot.index))
+            for latent, sample in zip(latents, batch.samples)
+        ]
+        text = self._text(batch.samples, dropout=True)
+        errors = self._squared_errors(model, batch.layout, latents=latents, noise=noise, timesteps=timesteps, text=text)
+        counts = torch.tensor([latent.numel() for latent in latents], device=errors.device)
+        total = (errors * self._weights(batch, counts)).sum()
+        return Loss(total, self._metrics(errors.detach() / counts, timesteps))
+
+    @torch.no_grad()
+    def held_out_loss(self, model: nn.Module, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Mean velocity error per clip at each timestep of the grid, with noise fixed by (sample, timestep)."""
+        latents = [self._latent(sample, sampled=False) for sample in batch.samples]
+        text = self._text(batch.samples, dropout=False)
+        counts = torch.tensor([latent.numel() for latent in latents])
+        metrics = {}
+        for timestep in self.validation.timesteps:
+            noise = [
+                torch.randn(latent.shape, generator=fold(HELD_OUT_SEED, "held out", sample.key, timestep))
+                for latent, sample in zip(latents, batch.samples)
+            ]
+            errors = self._squared_errors(
+                model, batch.layout, latents=latents, noise=noise, timesteps=[timestep] * len(latents), text=text
+            )
+            metrics[f"held_out/t{timestep}"] = (errors / counts.to(errors.device)).sum(), torch.tensor(len(latents))
+        together = torch.stack([total for total, _ in metrics.values()]).sum()
+        return {"held_out/loss": (together, torch.tensor(len(latents) * len(metrics))), **metrics}
+
+    def pictures(self, model: nn.Module) -> list[Picture]:
+        """A video for every validation prompt, always from the same noise."""
+        if self.frozen.vae is None or self.frozen.text is None:
+            raise ValueError("sampling prompts needs frozen.vae and frozen.text in the configuration")
+        settings = self.validation.sampling
+        sampler = Sampler(self.model, self.frozen.vae, self.schedule, self.frozen.latent_scale, self.frozen.vae_semantics)
+        texts = self.frozen.text.encode(self.validation.prompts)
+        return [
+            Picture(f"prompt-{i:02d}", prompt, to_uint8(sampler.video(text, settings, seed=settings.seed + i)), settings.fps)
+            for i, (prompt, text) in enumerate(zip(self.validation.prompts, texts))
+        ]
+
+    def flops(self, layout: PackLayout) -> float:
+        """Three forwards (one and its backward) of 24 n d^2 + 4 d sum(n_i^2) per layer."""
+        d, layers = self.model.config.hidden, self.model.config.layers
+        squares = sum(length**2 for length in layout.lengths)
+        return 3.0 * layers * (24 * layout.tokens * d**2 + 4 * d * squares)
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        return {"task": "text-to-video", "model": asdict(self.model.config), "latent_scale": self.frozen.latent_scale}
+
+    def _latent(self, sample: Sample, *, sampled: bool = True) -> Tensor:
+        """[T, C, H, W] as the transformer sees it: scaled, with the front padding of 1.5; float32 on the CPU's numbers."""
+        posterior = self._posterior(sample)
+        if sampled:
+            generator = fold(self.seed, "posterior", sample.slot.epoch, sample.slot.index)
+            latent = posterior.sample(generator)
+        else:
+            latent = posterior.mode()
+        return padded_front(latent[0].float().transpose(0, 1) * self.frozen.latent_scale, self.model.config.patch[0])
+
+    @torch.no_grad()
+    def _posterior(self, sample: Sample) -> Posterior:
+        if sample.mean is not None and sample.logvar is not None:
+            return Posterior(sample.mean[None], sample.logvar[None])
+        if sample.pixels is None or self.frozen.vae is None:
+            raise ValueError(f"sample {sample.key} holds neither latents nor pixels that a frozen.vae could encode")
+        weight = next(self.frozen.vae.parameters())
+        # [T, H, W, 3] in 0..255 -> [1, 3, T, H, W] in [-1, 1]
+        video = sample.pixels.to(weight.device).permute(3, 0, 1, 2)[None].to(weight.dtype) / 127.5 - 1
+        return self.frozen.vae.encode(video, semantics=self.frozen.vae_semantics)  # type: ignore[arg-type]
+
+    def _text(self, samples: tuple[Sample, ...], *, dropout: bool) -> Tensor:
+        """Text features of the pack [n_text, dim]; a dropped condition is all zeros, as in the released models' training."""
+        features = self._features(samples)
+        if dropout and self.diffusion.text_dropout:
+            for feature, sample in zip(features, samples):
+                chance = torch.rand((), generator=fold(self.seed, "text dropout", sample.slot.epoch, sample.slot.index))
+                feature *= float(chance >= self.diffusion.text_dropout)
+        return features.flatten(0, 1)
+
+    def _features(self, samples: tuple[Sample, ...]) -> Tensor:
+        """[clips, L, dim], a tensor of its own."""
+        stored = [sample.text for sample in samples if sample.text is not None]
+        if len(stored) == len(samples):
+            return torch.stack(stored).clone()
+        if self.frozen.text is None:
+            raise ValueError("the samples hold no text features and the configuration has no frozen.text to make them")
+        return self.frozen.text.encode([sample.caption for sample in samples]).clone()
+
+    def _squared_errors(
+        self, model: nn.Module, layout: PackLayout, *, latents: list[Tensor], noise: list[Tensor], timesteps: list[int],
+        text: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Sum of squared velocity errors of each clip, [clips], in float32."""
+        weight = self.model.embed.patch.weight
+        patch = self.model.config.patch
+        inputs, targets = [], []
+        for latent, eps, timestep in zip(latents, noise, timesteps):
+            latent, eps, at = latent.to(weight.device), eps.to(weight.device), torch.tensor(timestep)
+            inputs.append(patchify(self.schedule.add_noise(latent, eps, timestep=at), patch))
+            targets.append(patchify(self.schedule.velocity(latent, eps, timestep=at), patch))
+        velocity = model(
+            torch.cat(inputs).to(weight.dtype),
+            text.to(weight.device, weight.dtype),
+            timestep=torch.tensor(timesteps, device=weight.device),
+            seq=SequenceShard(layout),
+        )
+        squares = (velocity.float() - torch.cat(targets)).square().sum(-1)
+        return torch.stack([part.sum() for part in squares.split([clip.vision for clip in layout.clips])])
+
+    def _weights(self, batch: Batch, counts: Tensor) -> Tensor | float:
+        """1 / the step's global denominator, per clip or for all."""
+        if self.diffusion.weighting == "clip":
+            return 1.0 / (batch.plan.clips * counts)
+        return 1.0 / (batch.plan.elements * self.model.config.patch_features_out)
+
+    def _metrics(self, means: Tensor, timesteps: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
+        """The mean error per quartile of the timestep, each as (sum, count)."""
+        quartile = torch.tensor([4 * t // self.schedule.config.timesteps for t in timesteps], device=means.device)
+        return {
+            f"loss/quartile{q + 1}": (means[quartile == q].sum(), (quartile == q).sum()) for q in range(4)
+        }

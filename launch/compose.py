@@ -1,0 +1,189 @@
+"""Puts a run together from its configuration: models, frozen encoders, data, folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogvideo_dist.config.load import ConfigError, load_config, to_yaml
+from cogvideo_dist.config.schema import SPATIAL, TEMPORAL, Data, DiTRun, Size, VAERun
+from cogvideo_dist.convert import diffusers as hf
+from cogvideo_dist.data.loader import Loader
+from cogvideo_dist.data.plan import Plan
+from cogvideo_dist.data.shards import Record, ShardReader, read_index
+from cogvideo_dist.models.dit import DiT, Recompute
+from cogvideo_dist.models.init import draw_parameters
+from cogvideo_dist.models.presets import LATENT_SCALE, DiTConfig
+from cogvideo_dist.models.text import TextEncoder
+from cogvideo_dist.models.vae import VAE, VAEConfig
+from cogvideo_dist.pack.layout import Clip
+from cogvideo_dist.parallel.mesh import ParallelMesh
+from cogvideo_dist.parallel.ops import barrier
+from cogvideo_dist.protocols import Batch, Geometry
+from cogvideo_dist.tasks.video import FrozenModels
+
+FREE = {
+    "run.dir", "log", "checkpoint", "validation", "frozen", "data.workers", "data.max_bad_share", "train.steps",
+    "train.zero_stage", "train.recompute", "model.weights",
+}  # fmt: skip
+"""What may change between a run and its continuation without changing what is computed, or is meant to (more steps)."""
+
+
+def transformer_geometry(config: DiTConfig) -> Geometry:
+    """Text tokens and patch grid of a clip; an odd latent is padded in front to whole patches."""
+
+    def geometry(size: Size) -> Clip:
+        o, p, q = config.patch
+        frames = (size[0] - 1) // TEMPORAL + 1
+        return Clip(config.text_length, (-(-frames // o), size[1] // SPATIAL // p, size[2] // SPATIAL // q))
+
+    return geometry
+
+
+def latent_geometry(size: Size) -> Clip:
+    """The autoencoder's own: one token is one latent."""
+    return Clip(0, ((size[0] - 1) // TEMPORAL + 1, size[1] // SPATIAL, size[2] // SPATIAL))
+
+
+def build_transformer(config: DiTRun) -> DiT:
+    """From ``model.weights`` (a diffusers ``transformer`` folder), else drawn from the seed."""
+    wanted = config.model.transformer()
+    recompute: Recompute = config.train.recompute
+    if config.model.weights is None:
+        model = DiT(wanted, recompute=recompute)
+        draw_parameters(model, config.run.seed)
+        return model
+    model = hf.load_transformer(config.model.weights, recompute=recompute)
+    differences = [
+        f"{field.name} is {getattr(model.config, field.name)}, not {getattr(wanted, field.name)}"
+        for field in dataclasses.fields(DiTConfig)
+        if getattr(model.config, field.name) != getattr(wanted, field.name)
+    ]
+    if differences:
+        raise ConfigError(f"model.weights {config.model.weights} is not model.preset {config.model.preset}: {differences[0]}")
+    return model.float()
+
+
+def load_frozen(config: DiTRun, *, device: torch.device, records: list[Record], pictures: bool) -> FrozenModels:
+    """The encoders that the run needs: both in the loop for pixels, and for pictures."""
+    needed = config.data.source == "pixels" or pictures
+    model = config.model.transformer()
+    vae = text = None
+    if needed and config.frozen.vae and config.frozen.text:
+        vae = load_vae(config.frozen.vae, device)
+        text = load_text(config.frozen.text, model, device)
+    scale = vae.config.scaling_factor if vae else LATENT_SCALE.get(config.model.preset.removeprefix("tiny-"), 1.0)
+    if config.data.source == "latents":
+        scale = stored_scale(records)
+        if vae is not None and vae.config.scaling_factor != scale:
+            raise ConfigError(
+                f"frozen.vae {config.frozen.vae} has scaling factor {vae.config.scaling_factor}, but the latents of "
+                f"{config.data.shards} were made for {scale}"
+            )
+    return FrozenModels(scale, vae, config.frozen.vae_semantics, text)
+
+
+def load_vae(folder: str, device: torch.device) -> VAE:
+    """A frozen autoencoder in float32."""
+    return hf.load_vae(folder).float().to(device).requires_grad_(False).eval()
+
+
+def load_text(folder: str, model: DiTConfig, device: torch.device) -> TextEncoder:
+    """The frozen text encoder, of the width that the transformer takes."""
+    text = TextEncoder.load(folder, length=model.text_length, device=device)
+    if text.dim != model.text_dim:
+        raise ConfigError(f"frozen.text {folder} has features of {text.dim}, the transformer takes text_dim {model.text_dim}")
+    return text
+
+
+def stored_scale(records: list[Record]) -> float:
+    """The scaling factor that encoded latents carry in their records."""
+    scales = {record.origin.get("scaling_factor") for record in records if record.kind == "latent"}
+    if len(scales) != 1 or not isinstance(scale := scales.pop(), float):
+        raise ConfigError("the latents' records must all carry one scaling_factor; encode them with launch/encode.py")
+    return scale
+
+
+class RankData:
+    """A rank's batches, as the trainer asks for them."""
+
+    def __init__(self, data: Data, *, seed: int, geometry: Geometry, mesh: ParallelMesh) -> None:
+        self.records = read_index(data.shards)
+        self.plan = Plan(self.records, data, seed=seed, geometry=geometry)
+        self.loader = Loader(
+            self.plan, ShardReader(data.shards), data=data, geometry=geometry, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size
+        )
+
+    def iterate(self, first_step: int) -> Iterator[Batch]:
+        return self.loader.iterate(first_step)
+
+    def held_out(self) -> Iterator[tuple[Batch, float]]:
+        """As many batches on every rank, since a sharded model needs all ranks in each forward; one of weight 0 fills up."""
+        batch = None
+        mine = self.loader.held_out_batches()
+        for _ in range(self.loader.held_out_rounds):
+            following = next(mine, None)
+            batch = following or batch or self._any_held_out()
+            yield batch, float(following is not None)
+
+    def _any_held_out(self) -> Batch:
+        return next(self.loader.held_out_batches_of(0))
+
+
+def prepare_folder(config: DiTRun | VAERun, mesh: ParallelMesh, *, plan: Plan) -> None:
+    """The run's folder with its resolved configuration and data report; refuses a folder that holds another run."""
+    folder = Path(config.run.dir)
+    path = folder / "config.yaml"
+    if path.exists():
+        refuse_other_run(config, path)
+    if mesh.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_yaml(config), encoding="utf-8")
+        with (folder / "data_report.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(vars(defect), ensure_ascii=False) + "\n" for defect in plan.dropped)
+        if plan.dropped:
+            print(
+                f"data: {len(plan.dropped)} of {len(plan.records)} samples are not used, listed with reasons in "
+                f"{folder / 'data_report.jsonl'}; first: {plan.dropped[0].source}: {plan.dropped[0].reason}",
+                flush=True,
+            )
+    barrier(mesh.replica)
+
+
+def refuse_other_run(config: DiTRun | VAERun, path: Path) -> None:
+    before, now = (_flat(dataclasses.asdict(item)) for item in (load_config(type(config), [path]), config))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not any(key == free or key.startswith(free + ".") for free in FREE):
+            raise ConfigError(
+                f"{path} was started with {key}={before.get(key)!r}, now {now.get(key)!r}; use another run.dir or the old value"
+            )
+
+
+def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = f"{path}.{key}" if path else key
+        flat |= _flat(value, inner) if isinstance(value, dict) else {inner: value}
+    return flat
+
+
+def build_vae(config: VAERun) -> VAE:
+    """From ``model.weights`` (a diffusers ``vae`` folder), else drawn from the seed."""
+    if config.model.weights is not None:
+        return hf.load_vae(config.model.weights).float()
+    model = VAE(
+        VAEConfig(
+            block_out_channels=config.model.channels,
+            layers_per_block=config.model.layers_per_block,
+            latent_channels=config.model.latent_channels,
+            norm_groups=config.model.norm_groups,
+            scaling_factor=config.model.scaling_factor,
+        )
+    )
+    draw_parameters(model, config.run.seed)
+    return model

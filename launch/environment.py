@@ -1,0 +1,102 @@
+"""What the launcher says about this process, and how a command ends. The only place that reads environment variables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from cogvideo_dist.config.load import ConfigError
+from cogvideo_dist.engine.checkpoint import CheckpointError
+from cogvideo_dist.parallel.mesh import ParallelMesh, Place, start
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+REFUSED, NON_FINITE, INTERRUPTED, FAILED = 78, 70, 130, 1
+"""Exit codes: the configuration or checkpoint cannot be run; loss not finite; Ctrl-C; any other error of the user's input."""
+
+PATIENCE_S = 3.0
+"""How long other ranks hold back an error that the first rank will most likely report as well."""
+
+
+def read_place() -> Place:
+    """This process's rank as ``deepspeed`` and ``torchrun`` announce it; without any announcement, a single process."""
+    given = [name for name in NAMES if name in os.environ]
+    if not given:
+        return Place()
+    missing = [name for name in NAMES if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"the environment sets {', '.join(given)} but not {', '.join(missing)}; start with deepspeed or torchrun, or unset "
+            "them to run one process"
+        )
+    rank, world, local_rank, port = (_integer(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
+    if not 0 <= rank < world:
+        raise ConfigError(f"RANK {rank} is not below WORLD_SIZE {world}")
+    return Place(rank, world, local_rank, f"{os.environ['MASTER_ADDR']}:{port}")
+
+
+def _integer(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise ConfigError(f"environment variable {name} must be an integer, found {os.environ[name]!r}") from None
+
+
+def join(place: Place) -> tuple[ParallelMesh, torch.device]:
+    """Take this process's device, join the process group and build the mesh."""
+    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed insists on it, also in a single process
+    device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
+    return start(place, device=device), device
+
+
+def config_parser(description: str, example: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", nargs="+", required=True, metavar="FILE.yaml | key.path=value",
+        help="configuration files, later ones win key by key, and overrides such as train.steps=20",
+    )  # fmt: skip
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher appends it
+    return parser
+
+
+def split_config(items: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(files, overrides): whatever has a ``=`` and is no existing file is an override."""
+    overrides = [item for item in items if "=" in item and not Path(item).is_file()]
+    return [item for item in items if item not in overrides], overrides
+
+
+def run_command(name: str, main: Callable[[], None]) -> None:
+    """Run a command to its exit code; errors of the input end with one line, from one rank."""
+    rank = int(os.environ.get("RANK", "0")) if os.environ.get("RANK", "0").isdigit() else 0
+    try:
+        main()
+    except KeyboardInterrupt:
+        _leave(name, rank, "interrupted; start the same command again to go on from the last checkpoint", INTERRUPTED)
+    except (ConfigError, CheckpointError) as error:
+        _leave(name, rank, f"error: {error}", REFUSED)
+    except FloatingPointError as error:
+        _leave(name, rank, f"error: {error}", NON_FINITE)
+    except ValueError as error:
+        _leave(name, rank, f"error: {error}", FAILED)
+
+
+def _leave(name: str, rank: int, text: str, code: int) -> None:
+    if rank:
+        time.sleep(PATIENCE_S)  # the launcher ends this rank meanwhile if the first one failed too
+        text = f"rank {rank}: {text}"
+    sys.stderr.write(f"{name}: {' '.join(text.split())}\n")
+    sys.stderr.flush()
+    sys.exit(code)

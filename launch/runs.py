@@ -1,0 +1,95 @@
+"""Finished or running trainings as something to sample from or to release."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from cogvideo_dist.config.load import ConfigError, load_config
+from cogvideo_dist.config.schema import DiTRun, VAERun
+from cogvideo_dist.convert import diffusers as hf
+from cogvideo_dist.convert.scheduler import schedule_from_diffusers
+from cogvideo_dist.diffusion.schedule import Schedule, ScheduleConfig
+from cogvideo_dist.engine.checkpoint import load, newest
+from cogvideo_dist.models.dit import DiT
+from cogvideo_dist.models.text import TextEncoder
+from cogvideo_dist.models.vae import VAE
+from cogvideo_dist.tasks.sampling import Sampler
+from launch.compose import build_transformer, build_vae, load_text, load_vae
+
+Weights = Literal["ema", "raw"]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """All that a prompt needs to become a video; ``text_folder`` is where the text encoder came from."""
+
+    sampler: Sampler
+    text: TextEncoder
+    text_folder: Path
+    step: int | None = None
+
+
+def open_pipeline(folder: str, weights: Weights, device: torch.device) -> Pipeline:
+    """A run's folder (newest whole checkpoint) or a diffusers pipeline folder."""
+    path = Path(folder)
+    if (path / "model_index.json").exists():
+        return _released(path, device)
+    if (path / "config.yaml").exists():
+        return _trained(path, weights, device)
+    raise ConfigError(f"{folder} is neither a run (it has no config.yaml) nor a diffusers pipeline (no model_index.json)")
+
+
+def _released(path: Path, device: torch.device) -> Pipeline:
+    if hf.read_json(path / "model_index.json").get("_class_name") != "CogVideoXPipeline":
+        raise ConfigError(f"{path / 'model_index.json'}: only a CogVideoXPipeline (text-to-video) can be sampled")
+    model = hf.load_transformer(path / "transformer").to(device).eval()
+    vae = load_vae(str(path / "vae"), device)
+    schedule = Schedule(schedule_from_diffusers(hf.read_json(path / "scheduler" / "scheduler_config.json")))
+    text = load_text(str(path), model.config, device)
+    return Pipeline(Sampler(model, vae, schedule, vae.config.scaling_factor, "chunked"), text, path)
+
+
+def _trained(path: Path, weights: Weights, device: torch.device) -> Pipeline:
+    config = load_config(DiTRun, [path / "config.yaml"])
+    if not (config.frozen.vae and config.frozen.text):
+        raise ConfigError(f"{path / 'config.yaml'} names no frozen.vae and frozen.text, which sampling needs")
+    model, step = trained_transformer(path, config, weights)
+    vae = load_vae(config.frozen.vae, device)
+    text = load_text(config.frozen.text, model.config, device)
+    schedule = Schedule(ScheduleConfig(snr_shift=config.diffusion.snr_shift))
+    sampler = Sampler(model.to(device).eval(), vae, schedule, vae.config.scaling_factor, config.frozen.vae_semantics)
+    return Pipeline(sampler, text, Path(config.frozen.text), step)
+
+
+def trained_transformer(path: Path, config: DiTRun, weights: Weights) -> tuple[DiT, int]:
+    """The transformer of the newest whole checkpoint, and its step."""
+    model = build_transformer(config)
+    return model, _fill(model, path, weights)
+
+
+def trained_vae(path: Path, weights: Weights) -> tuple[VAE, int]:
+    model = build_vae(load_config(VAERun, [path / "config.yaml"]))
+    return model, _fill(model, path, weights)
+
+
+def _fill(model: torch.nn.Module, path: Path, weights: Weights) -> int:
+    checkpoint, _ = newest(path / "ckpt")
+    if checkpoint is None:
+        raise ConfigError(f"{path} has no checkpoint yet")
+    state, saved = load(checkpoint, model)
+    kind = "weights" if weights == "raw" else "ema"
+    if kind not in state:
+        raise ConfigError(f"{checkpoint} keeps no averaged weights (train.ema_decay is off); use --weights raw")
+    model.load_state_dict(state[kind], strict=True)
+    return saved.step
+
+
+def is_vae_run(path: Path) -> bool:
+    """Whether a run's folder is of launch/train_vae.py: only that one has a loss section."""
+    import yaml
+
+    return "loss" in yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))

@@ -1,0 +1,40 @@
+"""Train the diffusion transformer: deepspeed | torchrun | python  launch/train_dit.py --config FILE [key=value ...]"""
+
+from __future__ import annotations
+
+from cogvideo_dist.config.load import load_config
+from cogvideo_dist.config.schema import DiTRun
+from cogvideo_dist.engine.trainer import DataLimits, Trainer
+from cogvideo_dist.parallel.mesh import stop
+from cogvideo_dist.tasks.video import VideoTask
+from launch.compose import RankData, build_transformer, load_frozen, prepare_folder, transformer_geometry
+from launch.environment import config_parser, join, read_place, run_command, split_config
+
+
+def main() -> None:
+    parser = config_parser(
+        "Train the diffusion transformer, from pixels or from precomputed latents. Started again, it goes on from its last "
+        "checkpoint.",
+        "deepspeed --num_gpus 2 launch/train_dit.py --config configs/demo/dit.yaml train.steps=20",
+    )
+    files, overrides = split_config(parser.parse_args().config)
+    config = load_config(DiTRun, files, overrides)
+    mesh, device = join(read_place())
+    data = RankData(config.data, seed=config.run.seed, geometry=transformer_geometry(config.model.transformer()), mesh=mesh)
+    frozen = load_frozen(
+        config, device=device, records=data.records, pictures=config.validation.samples_every > 0
+    )
+    task = VideoTask(
+        build_transformer(config), frozen, diffusion=config.diffusion, validation=config.validation, seed=config.run.seed
+    )
+    prepare_folder(config, mesh, plan=data.plan)
+    limits = DataLimits(
+        micro_steps=data.loader.micro_steps, tokens_per_pack=config.data.tokens_per_pack,
+        max_bad_share=config.data.max_bad_share,
+    )  # fmt: skip
+    Trainer(config, task, batches=data, mesh=mesh, data_limits=limits).run()
+    stop()
+
+
+if __name__ == "__main__":
+    run_command("train_dit", main)

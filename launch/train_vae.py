@@ -1,0 +1,36 @@
+"""Train the autoencoder: deepspeed | torchrun | python  launch/train_vae.py --config FILE [key=value ...]"""
+
+from __future__ import annotations
+
+from cogvideo_dist.config.load import ConfigError, load_config
+from cogvideo_dist.config.schema import VAERun
+from cogvideo_dist.engine.trainer import DataLimits, Trainer
+from cogvideo_dist.parallel.mesh import stop
+from cogvideo_dist.tasks.vae import VAETask
+from launch.compose import RankData, build_vae, latent_geometry, prepare_folder
+from launch.environment import config_parser, join, read_place, run_command, split_config
+
+
+def main() -> None:
+    parser = config_parser(
+        "Train the 3D causal autoencoder on whole clips. Started again, it goes on from its last checkpoint.",
+        "deepspeed --num_gpus 2 launch/train_vae.py --config configs/demo/vae.yaml",
+    )
+    files, overrides = split_config(parser.parse_args().config)
+    config = load_config(VAERun, files, overrides)
+    if config.data.source != "pixels":
+        raise ConfigError("data.source must be pixels to train the autoencoder")
+    mesh, _ = join(read_place())
+    data = RankData(config.data, seed=config.run.seed, geometry=latent_geometry, mesh=mesh)
+    task = VAETask(build_vae(config), config.loss, seed=config.run.seed, fps=config.data.fps)
+    prepare_folder(config, mesh, plan=data.plan)
+    limits = DataLimits(
+        micro_steps=data.loader.micro_steps, tokens_per_pack=config.data.tokens_per_pack,
+        max_bad_share=config.data.max_bad_share,
+    )  # fmt: skip
+    Trainer(config, task, batches=data, mesh=mesh, data_limits=limits).run()
+    stop()
+
+
+if __name__ == "__main__":
+    run_command("train_vae", main)
