@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -12,7 +12,8 @@ from cogvideo_dist.config.schema import Size
 from cogvideo_dist.pack.layout import Clip, PackLayout
 
 
-class Slot(NamedTuple):
+@dataclass(frozen=True, order=True)
+class Slot:
     """One clip's place in the run: which visit (epoch) of which sample (its position in the index), at which size."""
 
     epoch: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Literal, NamedTuple
@@ -86,9 +87,9 @@ def decode_video(
 ) -> Tensor:
     """``frames`` frames, 1 / fps apart, of (height, width) ``size`` -> uint8 [frames, height, width, 3].
 
-    ``random``: start and crop are uniform over the room there is; ``center``: the clip's beginning and its middle. A frame
-    shows until the next begins, so a source slower than ``fps`` repeats frames, and no other does. Raises ``DecodeError``
-    for damage, for a clip that is too short, and where a frame would have to be enlarged.
+    ``random``: start and crop are uniform over the room there is; ``center``: the clip's beginning and its middle. A
+    frame shows until the next begins, so a source slower than ``fps`` repeats frames, and no other does. Raises
+    ``DecodeError`` for damage, for a clip that is too short, and where a frame would have to be enlarged.
     """
     start, *place = _places(generator, crop)
     with _opened(data) as container:
@@ -117,20 +118,17 @@ def decode_video(
 
 def probe_image(data: bytes) -> Probe:
     """Decode an image and say what is in it: one frame."""
-    with _image(data) as image:
-        rotation = {3: 180, 6: -90, 8: 90}.get(image.getexif().get(EXIF_ORIENTATION, 1), 0)
-        upright = ImageOps.exif_transpose(image)
-        return Probe(1, 0.0, upright.height, upright.width, rotation)
+    image, rotation = _image(data)
+    return Probe(1, 0.0, image.height, image.width, rotation)
 
 
 def decode_image(data: bytes, *, size: tuple[int, int], generator: Generator, crop: Crop) -> Tensor:
     """An image -> uint8 [1, height, width, 3]; transparency is shown on white. Errors and crop as for a clip."""
     _, *place = _places(generator, crop)
-    with _image(data) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.has_transparency_data:
-            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
-        return _fit(upright.convert("RGB"), size, place)[None]
+    image, _ = _image(data)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return _fit(image.convert("RGB"), size, place)[None]
 
 
 def _places(generator: Generator, crop: Crop) -> list[float]:
@@ -242,21 +240,30 @@ def _displayed(frame: av.VideoFrame) -> tuple[int, int, int]:
     return (frame.width, frame.height, frame.rotation) if turned else (frame.height, frame.width, frame.rotation)
 
 
-def _image(data: bytes) -> Image.Image:
+def _image(data: bytes) -> tuple[Image.Image, int]:
+    """An image as shown, and the degrees counterclockwise by which its EXIF data asked it to be turned."""
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        _check_pixels(*image.size)
-        # a phone's JPEG may carry previews as further frames (MPO); its first is the picture
-        if image.format != "MPO" and getattr(image, "n_frames", 1) != 1:
-            raise DecodeError("an animation, not an image; store it as a video")
-        if image.mode[0] in "IF":
-            raise DecodeError(f"pixels of mode {image.mode}; convert it to 8 bits per channel")
+        _check_image(image)
         image.load()
+        rotation = {3: 180, 6: -90, 8: 90}.get(image.getexif().get(EXIF_ORIENTATION, 1), 0)
+        return ImageOps.exif_transpose(image), rotation
     except UnidentifiedImageError:
         raise DecodeError("not a readable PNG, JPEG or WebP file") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except DecodeError:
+        raise
+    # what Pillow raises for bytes that it cannot make sense of, in pixels or in EXIF data
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error, Image.DecompressionBombError) as error:
         raise DecodeError(f"the image is damaged ({error})") from None
-    return image
+
+
+def _check_image(image: Image.Image) -> None:
+    _check_pixels(*image.size)
+    # a phone's JPEG may carry previews as further frames (MPO); its first is the picture
+    if image.format != "MPO" and getattr(image, "n_frames", 1) != 1:
+        raise DecodeError("an animation, not an image; store it as a video")
+    if image.mode[0] in "IF":
+        raise DecodeError(f"pixels of mode {image.mode}; convert it to 8 bits per channel")
 
 
 def _fit(image: Image.Image, size: tuple[int, int], place: Sequence[float]) -> Tensor:

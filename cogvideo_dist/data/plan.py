@@ -43,7 +43,8 @@ def assign_size(record: Record, data: Data) -> Size | str:
     """The size at which a clip is used, or the reason why it cannot be.
 
     Of the listed sizes that need no enlarging and fit the clip's duration: nearest in aspect ratio, then most
-    frames, then most pixels. An image takes sizes of one frame; a video longer ones, where any is listed. A latent has its size.
+    frames, then most pixels. An image takes sizes of one frame; a video longer ones, where any is listed. A latent has
+    its size.
     """
     if (record.kind == "latent") != (data.source == "latents"):
         return f"wrong kind: a {record.kind} cannot be read with data.source: {data.source}"

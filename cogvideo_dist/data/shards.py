@@ -72,8 +72,8 @@ class Record:
 
     ``frames``, ``fps``, ``height``, ``width``: the clip as decoded and displayed; an image has one frame and fps 0.
     ``caption_length`` in characters. ``rotation``: degrees counterclockwise that the container asks for (already
-    applied in height and width). A latent sample has the ``size`` in pixels that it stands for and its ``origin`` (what encoded
-    it).
+    applied in height and width). A latent sample has the ``size`` in pixels that it stands for and its ``origin`` (what
+    encoded it).
     """
 
     key: str
@@ -217,8 +217,8 @@ def write_shards(
     """Write ``entries`` as shards of about ``max_shard_size`` bytes with their index; all or nothing.
 
     The same entries give the same bytes. Members ``json`` (the record's facts) are added here. ``folder`` must not
-    exist, or be a folder of shards and ``overwrite`` be set; it appears when complete. Raises ``ValueError`` if there is no
-    sample.
+    exist, or be a folder of shards and ``overwrite`` be set; it appears when complete. Raises ``ValueError`` if there
+    is no sample.
     """
     with _fresh(Path(folder), overwrite=overwrite) as temporary, ExitStack() as files:
         writer = _Writer(temporary, max_shard_size, files)

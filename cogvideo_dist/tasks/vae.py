@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from math import prod
@@ -32,9 +32,9 @@ class VAETask:
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         reconstruction, kl = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for sample in batch.samples:
-            video = self._video(sample)
-            noise = self._noise(video, sample)
+        for samples in _by_size(batch.samples):
+            video = torch.cat([self._video(sample) for sample in samples])
+            noise = torch.cat([self._noise(video, sample) for sample in samples])
             output, posterior = model(video, noise)
             error = (output - video).float()
             reconstruction = reconstruction + (error.abs() if self.settings.reconstruction == "l1" else error.square()).sum()
@@ -93,6 +93,14 @@ class VAETask:
         video = self._video(sample)
         output, _ = model(video, torch.zeros_like(self._noise(video, sample)))
         return output.float(), video.float()
+
+
+def _by_size(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Clips of one size are one batch: nothing in the model crosses clips."""
+    groups: dict[Size, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.slot.size, []).append(sample)
+    return list(groups.values())
 
 
 @lru_cache(maxsize=64)

@@ -186,7 +186,8 @@ def test_an_image_is_turned_upright() -> None:
 
 def test_damaged_images_are_refused() -> None:
     data = make_image(200, 300)
-    for broken in (data[:-60], data[:40], b"", b"GIF89a", make_clip(2, 8)):
+    tagged = make_image(exif=6).replace(b"MM\x00\x2a", b"MM\x00\x1f")
+    for broken in (data[:-60], data[:40], b"", b"GIF89a", make_clip(2, 8), tagged):
         with pytest.raises(DecodeError):
             probe_image(broken)
     with pytest.raises(DecodeError, match="mode I;16"):

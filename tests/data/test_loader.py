@@ -128,6 +128,8 @@ def test_held_out_packs_are_dealt_once(reader: ShardReader, dp_size: int) -> Non
         assert len(batches) == loader.held_out_count <= loader.held_out_rounds
         found += [batch.pack for batch in batches]
         assert all(batch.plan.step == HELD_OUT for batch in batches)
+        other = make(reader, (0, dp_size), held_out=7, packs_per_step=6, tokens_per_pack=45)
+        assert [content(batch) for batch in other.held_out_batches_of(rank)] == [content(batch) for batch in batches]
         for sample in (sample for batch in batches for sample in batch.samples):
             assert sample.pixels is not None
             if sample.slot.size[0] > 1:

@@ -26,7 +26,7 @@ def record(
 def mixed(count: int = 40) -> list[Record]:
     """Clips of 5 and of 9 frames, and images."""
     kinds = ({"frames": 9}, {"frames": 7}, {"frames": 1, "kind": "image"})
-    return [record(key, **kinds[(key * 7) % 3]) for key in range(count)]  # type: ignore[arg-type]
+    return [record(key, **kinds[(key * 7) % 3]) for key in range(count)]
 
 
 def plan(records: Sequence[Record], seed: int = 0, **changes: object) -> Plan:
