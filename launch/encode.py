@@ -75,7 +75,7 @@ def members(sample: Sample, frozen: FrozenModels) -> dict[str, bytes]:
     assert sample.pixels is not None and frozen.vae is not None and frozen.text is not None
     weight = next(frozen.vae.parameters())
     video = sample.pixels.to(weight.device).permute(3, 0, 1, 2)[None].to(weight.dtype) / 127.5 - 1
-    posterior = frozen.vae.encode(video, semantics=frozen.vae_semantics)  # type: ignore[arg-type]
+    posterior = frozen.vae.encode(video, semantics=frozen.vae_semantics)
     text = frozen.text.encode([sample.caption])[0]
     moments = {"mean": posterior.mean[0].cpu().contiguous(), "logvar": posterior.logvar[0].cpu().contiguous()}
     return {

@@ -62,12 +62,12 @@ class NormAffineLinear(torch.autograd.Function):
         d_b = grad.sum(0) if need_b else None
         if not (need_x or need_weight or need_bias):
             return None, None, None, d_w, d_b, None, None
-        d_affine = grad @ w
+        d_affine = torch.mm(grad, w, out=scratch)
         d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         for start, stop, row in ctx.runs:
             piece = d_affine[start:stop]
             d_bias[row] = piece.sum(0)
-            d_weight[row] = torch.mul(piece, normed[start:stop], out=scratch[start:stop]).sum(0)
+            d_weight[row] = normed[start:stop].mul_(piece).sum(0)
             piece.mul_(weight[row])
         d_x = aten.native_layer_norm_backward(
             d_affine, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
@@ -83,14 +83,15 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def _normed_heads(qkv: Tensor, norms: Sequence[Tensor], rope: Tensor | None, eps: float) -> tuple[list[Tensor], list]:
-    """Queries and keys after their norm and rotation, and the norms' (mean, rstd)."""
-    heads, statistics = [], []
+    """Queries and keys after their norm and rotation, and what the norms' backward wants: (input, mean, rstd) of each."""
+    heads, inputs = [], []
     for index in range(2):
         weight, bias = norms[2 * index : 2 * index + 2]
-        x, mean, rstd = aten.native_layer_norm(qkv[:, index], qkv.shape[-1:], weight, bias, eps)
-        heads.append(x if rope is None else rotate(x, rope))
-        statistics.append((mean, rstd))
-    return heads, statistics
+        x = qkv[:, index].contiguous()  # here, or the norm's forward and its backward each copy it
+        y, mean, rstd = aten.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+        heads.append(y if rope is None else rotate(y, rope))
+        inputs.append((x, mean, rstd))
+    return heads, inputs
 
 
 class NormRotateAttend(torch.autograd.Function):
@@ -121,19 +122,17 @@ class NormRotateAttend(torch.autograd.Function):
         ctx.again = None
         queue = iter(tensors)
         rest = tuple(tuple(next(queue) if i is None else i for i in part) for part in ctx.others)
-        (q, k), statistics = _normed_heads(qkv, (wq, bq, wk, bk), rope, ctx.eps)
-        d_qkv, d_q, d_k = torch.empty_like(qkv), torch.empty_like(q), torch.empty_like(k)
-        attend_backward(
-            grad, (q, k, qkv[:, 2]), attended=Attended(out, rest), groups=ctx.groups, into=(d_q, d_k, d_qkv[:, 2])
-        )
+        (q, k), inputs = _normed_heads(qkv, (wq, bq, wk, bk), rope, ctx.eps)
+        *d_heads, d_v = attend_backward(grad, (q, k, qkv[:, 2]), attended=Attended(out, rest), groups=ctx.groups)
+        d_qkv = torch.empty_like(qkv)
+        d_qkv[:, 2] = d_v
         d_norms: list[Tensor] = []
-        for index, (d, (mean, rstd), weight, bias) in enumerate(zip((d_q, d_k), statistics, (wq, wk), (bq, bk))):
+        for index, (d, (x, mean, rstd), weight, bias) in enumerate(zip(d_heads, inputs, (wq, wk), (bq, bk))):
             d = d if rope is None else rotate(d, rope.conj())
-            d_x, d_weight, d_bias = aten.native_layer_norm_backward(
-                d, qkv[:, index], qkv.shape[-1:], mean, rstd, weight, bias, [True, True, True]
+            d_qkv[:, index], *d_norm = aten.native_layer_norm_backward(
+                d, x, x.shape[-1:], mean, rstd, weight, bias, [True, True, True]
             )
-            d_qkv[:, index] = d_x
-            d_norms += [d_weight, d_bias]
+            d_norms += d_norm
         return d_qkv, *d_norms, None, None, None, None
 
 
@@ -174,7 +173,7 @@ class LinearGateResidual(torch.autograd.Function):
                 d_w.addcmul_(outer, gate[row][:, None])
                 d_b.addcmul_(total, gate[row])
             torch.mul(piece, gate[row], out=gated[start:stop])
-        d_x = gated @ w
+        d_x = torch.mm(gated, w, out=active if ctx.gelu else None)  # the widest tensor of the block: one less of it
         if ctx.gelu:
-            d_x = aten.gelu_backward(d_x, x, approximate="tanh")
+            aten.gelu_backward(d_x, x, approximate="tanh", grad_input=d_x)
         return grad, d_x, d_w if need_w else None, d_b if need_b else None, d_gate, None, None, None

@@ -6,6 +6,7 @@ keep). The log-sum-exp makes the backward exact without the attention matrix (Da
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,18 +67,23 @@ def _segments(x: Tensor, group: Group) -> Tensor:
     return part.unflatten(0, (group.clips, group.length)).transpose(1, 2)
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts [clips, heads, length, dim] -> [n, heads, dim]; a view if there is one and its layout allows it."""
+    tokens = [part.transpose(1, 2).flatten(0, 1) for part in parts]
+    return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, *, groups: tuple[Group, ...]) -> Attended:
     """Attention of each segment with itself; q, k, v [n, heads, dim] -> out [n, heads, dim]."""
     results = [_kernel(*(_segments(x, group) for x in (q, k, v))) for group in groups]
-    # [clips, heads, length, dim] -> [clips * length, heads, dim], a view where the kernel's layout allows it
-    outs = [result[0].transpose(1, 2).flatten(0, 1) for result in results]
-    return Attended(outs[0] if len(outs) == 1 else torch.cat(outs), tuple(tuple(result[1:]) for result in results))
+    return Attended(_joined([result[0] for result in results]), tuple(tuple(result[1:]) for result in results))
 
 
-def attend_backward(grad: Tensor, qkv: Triple, *, attended: Attended, groups: tuple[Group, ...], into: Triple) -> None:
-    """Write the gradients of q, k and v, given that of the output, into the tensors of ``into``, all [n, heads, dim]."""
+def attend_backward(grad: Tensor, qkv: Triple, *, attended: Attended, groups: tuple[Group, ...]) -> Triple:
+    """Gradients of q, k and v, given that of the output, all [n, heads, dim]."""
+    parts = []
     for group, rest in zip(groups, attended.rest):
         q, k, v = (_segments(x, group) for x in qkv)
-        parts = _kernel_backward(_segments(grad, group), (q, k, v), (_segments(attended.out, group), *rest))
-        for whole, part in zip(into, parts):
-            _segments(whole, group).copy_(part)
+        parts.append(_kernel_backward(_segments(grad, group), (q, k, v), (_segments(attended.out, group), *rest)))
+    d_q, d_k, d_v = (_joined(kind) for kind in zip(*parts))
+    return d_q, d_k, d_v

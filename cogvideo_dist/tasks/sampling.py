@@ -13,7 +13,7 @@ from cogvideo_dist.diffusion.guidance import guidance_scale, guide
 from cogvideo_dist.diffusion.samplers import SAMPLERS, Draw, folded_noise, sample
 from cogvideo_dist.diffusion.schedule import Schedule
 from cogvideo_dist.models.dit import DiT
-from cogvideo_dist.models.vae import VAE
+from cogvideo_dist.models.vae import VAE, Semantics
 from cogvideo_dist.rng import fold
 
 Preview = Callable[[int, Tensor], None]
@@ -39,7 +39,7 @@ class Sampler:
     vae: VAE
     schedule: Schedule
     latent_scale: float
-    vae_semantics: str
+    vae_semantics: Semantics
 
     def initial_noise(self, settings: Sampling, seed: int) -> Tensor:
         """[T, C, H, W] float32 on the CPU."""
@@ -75,7 +75,7 @@ class Sampler:
         """Latents [T, C, H, W] -> video [3, T, H, W] in about [-1, 1]."""
         weight = next(self.vae.parameters())
         z = (latents / self.latent_scale).to(weight.device, weight.dtype).transpose(0, 1)[None]
-        return self.vae.decode(z, semantics=self.vae_semantics)[0].float()  # type: ignore[arg-type]
+        return self.vae.decode(z, semantics=self.vae_semantics)[0].float()
 
     def video(self, text: Tensor, settings: Sampling, *, seed: int, preview: Preview | None = None) -> Tensor:
         """Text features [L, dim] -> video [3, T, H, W], a function of the seed alone."""

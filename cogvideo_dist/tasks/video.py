@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cogvideo_dist.config.schema import Diffusion, Validation
+from cogvideo_dist.diffusion.loss import squared_errors
 from cogvideo_dist.diffusion.schedule import Schedule, ScheduleConfig
 from cogvideo_dist.diffusion.timesteps import TIMESTEP_SAMPLING
 from cogvideo_dist.evaluation.media import to_uint8
 from cogvideo_dist.models.dit import DiT
 from cogvideo_dist.models.text import TextEncoder
-from cogvideo_dist.models.vae import VAE, Posterior
+from cogvideo_dist.models.vae import VAE, Posterior, Semantics
 from cogvideo_dist.pack.layout import PackLayout
 from cogvideo_dist.pack.patch import patchify
 from cogvideo_dist.pack.shard import SequenceShard
@@ -33,7 +35,7 @@ class FrozenModels:
 
     latent_scale: float
     vae: VAE | None = None
-    vae_semantics: str = "whole"
+    vae_semantics: Semantics = "whole"
     text: TextEncoder | None = None
 
 
@@ -51,7 +53,7 @@ class VideoTask:
         draw = TIMESTEP_SAMPLING[self.diffusion.timesteps]
         all_timesteps = draw(self.seed, batch.plan.step, clips=batch.plan.clips)
         timesteps = all_timesteps[batch.first : batch.first + len(batch.samples)]
-        latents = [self._latent(sample) for sample in batch.samples]
+        latents = self._latents(batch.samples)
         noise = [
             torch.randn(latent.shape, generator=fold(self.seed, "noise", sample.slot.epoch, sample.slot.index))
             for latent, sample in zip(latents, batch.samples)
@@ -65,7 +67,7 @@ class VideoTask:
     @torch.no_grad()
     def held_out_loss(self, model: nn.Module, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Mean velocity error per clip at each timestep of the grid, with noise fixed by (sample, timestep)."""
-        latents = [self._latent(sample, sampled=False) for sample in batch.samples]
+        latents = self._latents(batch.samples, sampled=False)
         text = self._text(batch.samples, dropout=False)
         counts = torch.tensor([latent.numel() for latent in latents])
         metrics = {}
@@ -102,26 +104,35 @@ class VideoTask:
     def fingerprint(self) -> Mapping[str, Any]:
         return {"task": "text-to-video", "model": asdict(self.model.config), "latent_scale": self.frozen.latent_scale}
 
-    def _latent(self, sample: Sample, *, sampled: bool = True) -> Tensor:
-        """[T, C, H, W] as the transformer sees it: scaled, with the front padding of 1.5; float32 on the CPU's numbers."""
-        posterior = self._posterior(sample)
-        if sampled:
+    def _latents(self, samples: tuple[Sample, ...], *, sampled: bool = True) -> list[Tensor]:
+        """[T, C, H, W] float32 each, as the transformer sees them: scaled, with the front padding of 1.5."""
+        latents = []
+        for sample, posterior in zip(samples, self._posteriors(samples)):
             generator = fold(self.seed, "posterior", sample.slot.epoch, sample.slot.index)
-            latent = posterior.sample(generator)
-        else:
-            latent = posterior.mode()
-        return padded_front(latent[0].float().transpose(0, 1) * self.frozen.latent_scale, self.model.config.patch[0])
+            latent = (posterior.sample(generator) if sampled else posterior.mode())[0].float().transpose(0, 1)
+            latents.append(padded_front(latent * self.frozen.latent_scale, self.model.config.patch[0]))
+        return latents
+
+    def _posteriors(self, samples: tuple[Sample, ...]) -> list[Posterior]:
+        """Stored ones, or those of the frozen autoencoder; neighbours of one size are one batch of it."""
+        posteriors: list[Posterior] = []
+        for _, group in groupby(samples, key=lambda sample: sample.slot.size):
+            posteriors += self._encode(list(group))
+        return posteriors
 
     @torch.no_grad()
-    def _posterior(self, sample: Sample) -> Posterior:
-        if sample.mean is not None and sample.logvar is not None:
-            return Posterior(sample.mean[None], sample.logvar[None])
-        if sample.pixels is None or self.frozen.vae is None:
-            raise ValueError(f"sample {sample.key} holds neither latents nor pixels that a frozen.vae could encode")
+    def _encode(self, samples: list[Sample]) -> list[Posterior]:
+        stored = [Posterior(s.mean[None], s.logvar[None]) for s in samples if s.mean is not None and s.logvar is not None]
+        if len(stored) == len(samples):
+            return stored
+        if self.frozen.vae is None:
+            raise ValueError(f"sample {samples[0].key} holds no latents and the configuration has no frozen.vae to make them")
         weight = next(self.frozen.vae.parameters())
-        # [T, H, W, 3] in 0..255 -> [1, 3, T, H, W] in [-1, 1]
-        video = sample.pixels.to(weight.device).permute(3, 0, 1, 2)[None].to(weight.dtype) / 127.5 - 1
-        return self.frozen.vae.encode(video, semantics=self.frozen.vae_semantics)  # type: ignore[arg-type]
+        # [B, T, H, W, 3] in 0..255 -> [B, 3, T, H, W] in [-1, 1]
+        pixels = torch.stack([sample.pixels for sample in samples if sample.pixels is not None]).to(weight.device)
+        video = pixels.permute(0, 4, 1, 2, 3).to(weight.dtype) / 127.5 - 1
+        together = self.frozen.vae.encode(video, semantics=self.frozen.vae_semantics)
+        return [Posterior(mean, logvar) for mean, logvar in zip(together.mean.split(1), together.logvar.split(1))]
 
     def _text(self, samples: tuple[Sample, ...], *, dropout: bool) -> Tensor:
         """Text features of the pack [n_text, dim]; a dropped condition is all zeros, as in the released models' training."""
@@ -159,8 +170,7 @@ class VideoTask:
             timestep=torch.tensor(timesteps, device=weight.device),
             seq=SequenceShard(layout),
         )
-        squares = (velocity.float() - torch.cat(targets)).square().sum(-1)
-        return torch.stack([part.sum() for part in squares.split([clip.vision for clip in layout.clips])])
+        return squared_errors(velocity, torch.cat(targets), lengths=[clip.vision for clip in layout.clips])
 
     def _weights(self, batch: Batch, counts: Tensor) -> Tensor | float:
         """1 / the step's global denominator, per clip or for all."""
