@@ -100,11 +100,12 @@ def compare(run_folder: Path, pipeline_folder: Path, prompt: str) -> float:
     text = ours.text.encode([prompt])[0]
     noise = ours.sampler.initial_noise(settings, seed=0)
     latents = ours.sampler.latents(text, settings, noise=noise, draw=lambda index, shape: torch.zeros(shape))
-    # The public pipeline decodes in chunks, and takes the prompt's features as the unconditional ones unless told otherwise.
+    # The public pipeline decodes in chunks, and takes T5's features of "" as the unconditional ones unless told otherwise.
     public = CogVideoXPipeline.from_pretrained(pipeline_folder)
     public.set_progress_bar_config(disable=True)
+    features, _ = public.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=ours.text.length)
     theirs = public(
-        prompt=prompt, negative_prompt_embeds=torch.zeros_like(text)[None], num_frames=17, height=96, width=96,
+        prompt_embeds=features, negative_prompt_embeds=torch.zeros_like(features), num_frames=17, height=96, width=96,
         num_inference_steps=20, guidance_scale=3.0, use_dynamic_cfg=False, latents=noise[None], output_type="pt",
         max_sequence_length=ours.text.length,
     ).frames[0]  # fmt: skip

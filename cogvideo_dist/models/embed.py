@@ -31,22 +31,29 @@ def rope_table(config: DiTConfig, layout: PackLayout, *, device: torch.device, d
     wide = torch.complex128 if dtype == torch.float64 else torch.complex64
     parts: list[Tensor] = []
     for clip in layout.clips:
-        parts += [torch.ones(clip.text, config.head_dim // 2, dtype=wide), _clip_rotations(config, clip.grid, wide)]
-    return torch.cat(parts).to(device, non_blocking=True)
+        text = torch.ones(clip.text, config.head_dim // 2, dtype=wide, device=device)
+        parts += [text, _over_grid(_rotations(config, clip.grid, wide, device), clip.grid)]
+    return torch.cat(parts)
 
 
-@lru_cache(maxsize=64)
-def _clip_rotations(config: DiTConfig, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """[t*h*w, head_dim/2] complex; the head splits into t : h : w = 2 : 3 : 3."""
+def _over_grid(axes: tuple[Tensor, ...], grid: Grid) -> Tensor:
+    """Tables along single axes of the grid, [t,1,1,a] and so on -> [t*h*w, a + b + c]."""
+    return torch.cat([table.expand(*grid, -1) for table in axes], dim=-1).flatten(0, 2)
+
+
+# Kept per axis and on the device: small, and no forward copies a table of every token to the GPU or waits for it.
+@lru_cache(maxsize=256)
+def _rotations(config: DiTConfig, grid: Grid, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Complex tables along t, h and w; the head splits into t : h : w = 2 : 3 : 3."""
     dims = (config.head_dim // 4, config.head_dim // 8 * 3, config.head_dim // 8 * 3)
-    parts = []
+    tables = []
     for axis, (positions, dim) in enumerate(zip(rope_positions(config, grid), dims)):
         frequency = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         angle = torch.outer(positions, frequency)
         shape = [1, 1, 1, dim // 2]
         shape[axis] = grid[axis]
-        parts.append(torch.polar(torch.ones_like(angle), angle).reshape(shape).expand(*grid, -1))
-    return torch.cat(parts, dim=-1).flatten(0, 2).to(dtype)
+        tables.append(torch.polar(torch.ones_like(angle), angle).reshape(shape).to(device, dtype))
+    return tuple(tables)
 
 
 def rope_positions(config: DiTConfig, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,18 +82,17 @@ def _spread(count: int, start: int, extent: int) -> Tensor:
 
 def sincos_table(config: DiTConfig, layout: PackLayout, *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Fixed positions of every vision token, [n_vision, hidden]: temporal quarter, then width and height (2B)."""
-    parts = [_clip_sincos(config, clip.grid, dtype) for clip in layout.clips]
-    return torch.cat(parts).to(device, non_blocking=True)
+    return torch.cat([_over_grid(_waves(config, clip.grid, dtype, device), clip.grid) for clip in layout.clips])
 
 
-@lru_cache(maxsize=64)
-def _clip_sincos(config: DiTConfig, grid: Grid, dtype: torch.dtype) -> Tensor:
+@lru_cache(maxsize=256)
+def _waves(config: DiTConfig, grid: Grid, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     t, h, w = grid
     quarter, rest = config.hidden // 4, config.hidden * 3 // 8
     temporal = _sincos(torch.arange(t) / config.temporal_interpolation, quarter)[:, None, None, :]
     across = _sincos(torch.arange(w) / config.spatial_interpolation, rest)[None, None, :, :]
     down = _sincos(torch.arange(h) / config.spatial_interpolation, rest)[None, :, None, :]
-    return torch.cat([part.expand(t, h, w, -1) for part in (temporal, across, down)], dim=-1).flatten(0, 2).to(dtype)
+    return tuple(table.to(device, dtype) for table in (temporal, across, down))
 
 
 def _sincos(positions: Tensor, dim: int) -> Tensor:

@@ -1,9 +1,9 @@
 """The transformer block's three operations, each with its own backward that keeps the least.
 
-Autograd would keep about 23 tensors of [n, hidden] per block; these keep 10: the block's input, q, k, v before their norm, the
-attention's output, the middle of the block, and the feed-forward's four before GELU. Everything between is made again in the
-backward, elementwise only. ``again`` lets a caller drop q, k, v or the feed-forward's four as well and have them made again by
-their linear; attention itself is never computed twice.
+Autograd would keep about 23 tensors of [n, hidden] per block; these keep 10: the block's input, q, k, v before their norm,
+the attention's output, the middle of the block, and the feed-forward's four before GELU. Everything between is made again
+in the backward, elementwise only. ``again`` lets a caller drop q, k, v or the feed-forward's four as well and have them
+made again by their linear; attention itself is never computed twice.
 
 Legend: n = tokens of the pack, r = rows of modulation, ``runs`` = consecutive tokens sharing a row.
 """
@@ -11,6 +11,7 @@ Legend: n = tokens of the pack, r = rows of modulation, ``runs`` = consecutive t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -69,9 +70,8 @@ class NormAffineLinear(torch.autograd.Function):
             d_bias[row] = piece.sum(0)
             d_weight[row] = normed[start:stop].mul_(piece).sum(0)
             piece.mul_(weight[row])
-        d_x = aten.native_layer_norm_backward(
-            d_affine, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
-        )[0]
+        wanted = [True, False, False]
+        d_x, _, _ = aten.native_layer_norm_backward(d_affine, x, x.shape[-1:], mean, rstd, None, None, wanted)
         return d_x, d_weight, d_bias, d_w, d_b, None, None
 
 
@@ -83,7 +83,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def _normed_heads(qkv: Tensor, norms: Sequence[Tensor], rope: Tensor | None, eps: float) -> tuple[list[Tensor], list]:
-    """Queries and keys after their norm and rotation, and what the norms' backward wants: (input, mean, rstd) of each."""
+    """Queries and keys after norm and rotation, and what the norms' backward wants: (input, mean, rstd) of each."""
     heads, inputs = [], []
     for index in range(2):
         weight, bias = norms[2 * index : 2 * index + 2]
@@ -97,8 +97,8 @@ def _normed_heads(qkv: Tensor, norms: Sequence[Tensor], rope: Tensor | None, eps
 class NormRotateAttend(torch.autograd.Function):
     """Attention inside each clip with per-head LayerNorm of q and k and rotary positions.
 
-    qkv [n, 3, heads, dim]; the norms' (weight, bias) for q then k, each [dim]; rope [n, dim/2] complex, 1 for text tokens
-    (which are not rotated), or None. Keeps qkv (or, given ``again``, not even that), the output and the log-sum-exp.
+    qkv [n, 3, heads, dim]; the norms' (weight, bias) for q then k, each [dim]; rope [n, dim/2] complex, 1 for text
+    tokens (which are not rotated), or None. Keeps qkv (or, given ``again``, not even that), the output and the log-sum-exp.
     """
 
     @staticmethod
@@ -107,23 +107,21 @@ class NormRotateAttend(torch.autograd.Function):
         rope: Tensor | None, groups: tuple[Group, ...], eps: float, again: Again | None,
     ) -> Tensor:  # fmt: skip
         (q, k), _ = _normed_heads(qkv, (wq, bq, wk, bk), rope, eps)
-        out, rest = attend(q, k, qkv[:, 2], groups=groups)
-        tensors = [item for part in rest for item in part if isinstance(item, Tensor)]
-        ctx.others = tuple(tuple(None if isinstance(i, Tensor) else i for i in part) for part in rest)
-        ctx.save_for_backward(None if again else qkv, wq, bq, wk, bk, rope, out, *tensors)
+        out, saved = attend(q, k, qkv[:, 2], groups=groups)
+        ctx.save_for_backward(None if again else qkv, wq, bq, wk, bk, rope, out, *chain.from_iterable(saved))
         ctx.groups, ctx.eps, ctx.again = groups, eps, again
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, wq, bq, wk, bk, rope, out, *tensors = ctx.saved_tensors
+        qkv, wq, bq, wk, bk, rope, out, *rest = ctx.saved_tensors
         qkv = qkv if ctx.again is None else ctx.again()
         ctx.again = None
-        queue = iter(tensors)
-        rest = tuple(tuple(next(queue) if i is None else i for i in part) for part in ctx.others)
+        each = len(rest) // len(ctx.groups)
+        saved = tuple(tuple(rest[i : i + each]) for i in range(0, len(rest), each))
         (q, k), inputs = _normed_heads(qkv, (wq, bq, wk, bk), rope, ctx.eps)
-        *d_heads, d_v = attend_backward(grad, (q, k, qkv[:, 2]), attended=Attended(out, rest), groups=ctx.groups)
+        *d_heads, d_v = attend_backward(grad, (q, k, qkv[:, 2]), attended=Attended(out, saved), groups=ctx.groups)
         d_qkv = torch.empty_like(qkv)
         d_qkv[:, 2] = d_v
         d_norms: list[Tensor] = []
@@ -139,8 +137,8 @@ class NormRotateAttend(torch.autograd.Function):
 class LinearGateResidual(torch.autograd.Function):
     """y = residual + gate[row] * (f(x) @ w.T + b), f = GELU (tanh form) or identity, keeping x alone.
 
-    The gate is constant over a run, so with G = dy.T @ f(x) of that run: dw += gate * G, and dgate = rowsum(w * G) + b * sum(dy):
-    the linear's output is neither kept nor made again.
+    The gate is constant over a run, so with G = dy.T @ f(x) of that run: dw += gate * G and
+    dgate = rowsum(w * G) + b * sum(dy): the linear's output is neither kept nor made again.
     """
 
     @staticmethod

@@ -1,13 +1,13 @@
 """Full attention inside each clip of a pack, as a forward and backward pair of plain functions.
 
-The pair exists so that a caller can keep what it likes between the two (queries and keys are cheaper to make again than to
-keep). The log-sum-exp makes the backward exact without the attention matrix (Dao et al. 2022, sec. 3.1).
+The pair exists so that a caller can keep what it likes between the two (queries and keys are cheaper to make again than
+to keep). The log-sum-exp makes the backward exact without the attention matrix (Dao et al. 2022, sec. 3.1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,49 +16,85 @@ from cogvideo_dist.pack.layout import Group
 
 aten = torch.ops.aten
 Triple = tuple[Tensor, Tensor, Tensor]
+Saved = tuple[Tensor | None, ...]
+"""What a kernel's backward wants besides q, k, v, out: the log-sum-exp, then the state of a dropout that is off."""
+
+
+class Kernel(NamedTuple):
+    """Fused attention over [clips, heads, length, dim], without a mask."""
+
+    forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Saved]]
+    backward: Callable[[Tensor, Triple, Tensor, Saved], Triple]
+
+
+def _cpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return out, (lse,)
+
+
+def _cpu_backward(grad: Tensor, qkv: Triple, out: Tensor, saved: Saved) -> Triple:
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, *qkv, out, *saved, 0.0, False)
+
+
+def _efficient(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
+    out, *saved = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+    return out, tuple(saved)
+
+
+def _efficient_backward(grad: Tensor, qkv: Triple, out: Tensor, saved: Saved) -> Triple:
+    wanted = [True, True, True, False]
+    return aten._scaled_dot_product_efficient_attention_backward(grad, *qkv, None, out, *saved, 0.0, wanted)[:3]
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
+    # Without nested tensors there are no cumulative lengths (None) and the longest ones are q's and k's own.
+    out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+    return out, (lse, seed, offset)
+
+
+def _cudnn_backward(grad: Tensor, qkv: Triple, out: Tensor, saved: Saved) -> Triple:
+    lengths = qkv[0].shape[2], qkv[1].shape[2]
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        grad, *qkv, out, *saved, None, None, None, *lengths, 0.0, False
+    )
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
+    out, lse, _, _, _, _, state, unused, _ = aten._scaled_dot_product_flash_attention(q, k, v)
+    return out, (lse, state, unused)
+
+
+def _flash_backward(grad: Tensor, qkv: Triple, out: Tensor, saved: Saved) -> Triple:
+    lse, state, unused = saved
+    lengths = qkv[0].shape[2], qkv[1].shape[2]
+    return aten._scaled_dot_product_flash_attention_backward(
+        grad, *qkv, out, lse, None, None, *lengths, 0.0, False, state, unused
+    )
+
+
+KERNELS = {
+    "cpu": Kernel(_cpu, _cpu_backward),
+    "efficient": Kernel(_efficient, _efficient_backward),
+    "cudnn": Kernel(_cudnn, _cudnn_backward),
+    "flash": Kernel(_flash, _flash_backward),
+}
+
+
+def kernel_for(q: Tensor) -> Kernel:
+    """The fastest for the device and precision of ``q``: 16 bits go to cuDNN from Hopper (9.0) on, else to flash."""
+    if q.device.type == "cpu":
+        return KERNELS["cpu"]
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return KERNELS["efficient"]
+    hopper = torch.cuda.get_device_capability(q.device) >= (9, 0)
+    return KERNELS["cudnn" if hopper and torch.backends.cuda.cudnn_sdp_enabled() else "flash"]
 
 
 class Attended(NamedTuple):
-    """Output [n, heads, dim] and, for each group, what else its kernel's backward wants."""
+    """Output [n, heads, dim] and what each group's kernel saved."""
 
     out: Tensor
-    rest: tuple[tuple[Any, ...], ...]
-
-
-def _kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
-    """Fused attention over [clips, heads, length, dim]: (out, log-sum-exp, ...)."""
-    if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    if q.dtype in (torch.float32, torch.float64):
-        return aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
-    if _cudnn_serves(q):
-        return aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:8]
-    return aten._scaled_dot_product_flash_attention(q, k, v)[:8]
-
-
-def _cudnn_serves(q: Tensor) -> bool:
-    """cuDNN's fused attention is the fastest for 16 bits on Hopper and later (compute capability 9)."""
-    return torch.backends.cuda.cudnn_sdp_enabled() and torch.cuda.get_device_capability(q.device) >= (9, 0)
-
-
-def _kernel_backward(grad: Tensor, qkv: Triple, saved: tuple[Any, ...]) -> Triple:
-    q, k, v = qkv
-    out, lse = saved[:2]
-    if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
-    if q.dtype in (torch.float32, torch.float64):
-        wanted = [True, True, True, False]
-        return aten._scaled_dot_product_efficient_attention_backward(
-            grad, q, k, v, None, out, lse, saved[2], saved[3], 0.0, wanted
-        )[:3]
-    cu_q, cu_k, max_q, max_k, seed, offset = saved[2:]
-    if _cudnn_serves(q):
-        return aten._scaled_dot_product_cudnn_attention_backward(
-            grad, q, k, v, out, lse, seed, offset, None, cu_q, cu_k, max_q, max_k, 0.0, False
-        )
-    return aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, False, seed, offset
-    )
+    saved: tuple[Saved, ...]
 
 
 def _segments(x: Tensor, group: Group) -> Tensor:
@@ -75,15 +111,17 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, groups: tuple[Group, ...]) -> Attended:
     """Attention of each segment with itself; q, k, v [n, heads, dim] -> out [n, heads, dim]."""
-    results = [_kernel(*(_segments(x, group) for x in (q, k, v))) for group in groups]
-    return Attended(_joined([result[0] for result in results]), tuple(tuple(result[1:]) for result in results))
+    forward = kernel_for(q).forward
+    outs, saved = zip(*(forward(_segments(q, group), _segments(k, group), _segments(v, group)) for group in groups))
+    return Attended(_joined(outs), saved)
 
 
 def attend_backward(grad: Tensor, qkv: Triple, *, attended: Attended, groups: tuple[Group, ...]) -> Triple:
     """Gradients of q, k and v, given that of the output, all [n, heads, dim]."""
+    backward = kernel_for(qkv[0]).backward
     parts = []
-    for group, rest in zip(groups, attended.rest):
+    for group, saved in zip(groups, attended.saved):
         q, k, v = (_segments(x, group) for x in qkv)
-        parts.append(_kernel_backward(_segments(grad, group), (q, k, v), (_segments(attended.out, group), *rest)))
+        parts.append(backward(_segments(grad, group), (q, k, v), _segments(attended.out, group), saved))
     d_q, d_k, d_v = (_joined(kind) for kind in zip(*parts))
     return d_q, d_k, d_v
