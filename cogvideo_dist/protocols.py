@@ -36,7 +36,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Defect:
-    """A sample that could not be used as planned: what was wrong and, if something took its place, what."""
+    """A sample that could not be used as planned, or not whole: what was wrong and, if something took its place, what."""
 
     key: str
     source: str
@@ -46,10 +46,14 @@ class Defect:
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip as read: pixels uint8 [T, H, W, 3], or the posterior's mean and logvar [C, t, h, w] and text features [L, dim]."""
+    """One clip as read: pixels uint8 [T, H, W, 3], or the posterior's mean and logvar [C, t, h, w] and text features [L, dim].
+
+    ``source`` is the file that it was made from.
+    """
 
     slot: Slot
     key: str
+    source: str
     caption: str
     pixels: Tensor | None = None
     mean: Tensor | None = None
@@ -103,7 +107,8 @@ class Picture:
 class Task(Protocol):
     """What is trained: a model and the way from a batch to its loss. Knows nothing of ranks, optimizers or checkpoints."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss: ...
 
@@ -111,6 +116,10 @@ class Task(Protocol):
 
     def pictures(self, model: nn.Module) -> list[Picture]:
         """What a person looks at to judge the run. Every rank makes them, since the model may be sharded."""
+        ...
+
+    def notices(self) -> list[Defect]:
+        """Samples that are used, but not whole, as met since this was last asked."""
         ...
 
     def flops(self, layout: PackLayout) -> float:

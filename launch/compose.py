@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.data.loader import Loader
 from cogvideo_dist.data.plan import Plan
 from cogvideo_dist.data.shards import Record, ShardReader, read_index
+from cogvideo_dist.engine.checkpoint import flat
+from cogvideo_dist.engine.log import report_line
+from cogvideo_dist.evaluation.media import replacing
 from cogvideo_dist.models.dit import DiT, Recompute
 from cogvideo_dist.models.init import draw_parameters
 from cogvideo_dist.models.presets import LATENT_SCALE, DiTConfig
@@ -23,9 +26,9 @@ from cogvideo_dist.models.text import TextEncoder
 from cogvideo_dist.models.vae import VAE, VAEConfig
 from cogvideo_dist.pack.layout import Clip
 from cogvideo_dist.parallel.mesh import ParallelMesh
-from cogvideo_dist.parallel.ops import barrier
-from cogvideo_dist.protocols import Batch, Geometry
-from cogvideo_dist.tasks.video import FrozenModels
+from cogvideo_dist.parallel.ops import barrier, broadcast_object
+from cogvideo_dist.protocols import Batch, Defect, Geometry
+from cogvideo_dist.tasks.video import FrozenModels, cut_reason
 
 FREE = {
     "run.dir", "log", "checkpoint", "validation", "frozen", "data.workers", "data.max_bad_share", "train.steps",
@@ -79,12 +82,7 @@ def load_frozen(config: DiTRun, *, device: torch.device, records: list[Record], 
         text = load_text(config.frozen.text, model, device)
     scale = vae.config.scaling_factor if vae else LATENT_SCALE.get(config.model.preset.removeprefix("tiny-"), 1.0)
     if config.data.source == "latents":
-        scale = stored_scale(records)
-        if vae is not None and vae.config.scaling_factor != scale:
-            raise ConfigError(
-                f"frozen.vae {config.frozen.vae} has scaling factor {vae.config.scaling_factor}, but the latents of "
-                f"{config.data.shards} were made for {scale}"
-            )
+        scale = check_latents(config, records, vae=vae)
     return FrozenModels(scale, vae, config.frozen.vae_semantics, text)
 
 
@@ -101,12 +99,36 @@ def load_text(folder: str, model: DiTConfig, device: torch.device) -> TextEncode
     return text
 
 
-def stored_scale(records: list[Record]) -> float:
-    """The scaling factor that encoded latents carry in their records."""
-    scales = {record.origin.get("scaling_factor") for record in records if record.kind == "latent"}
-    if len(scales) != 1 or not isinstance(scale := scales.pop(), float):
-        raise ConfigError("the latents' records must all carry one scaling_factor; encode them with launch/encode.py")
-    return scale
+def check_latents(config: DiTRun, records: list[Record], *, vae: VAE | None) -> float:
+    """The scaling factor of encoded latents; refuses those of another autoencoder or of a text encoder that does not fit."""
+    model, shards = config.model.transformer(), config.data.shards
+    scale = stored(records, "scaling_factor", shards=shards)
+    expected: dict[str, Any] = {"text_length": model.text_length, "text_dim": model.text_dim}
+    if vae is not None:
+        expected |= {"scaling_factor": vae.config.scaling_factor, "vae": weights_digest(vae)}
+    for key, value in expected.items():
+        found = stored(records, key, shards=shards)
+        if found != value:
+            of = f"model.{key}" if key in ("text_length", "text_dim") else f"frozen.vae {config.frozen.vae}"
+            raise ConfigError(f"the latents of {shards} were made with {key} {found}, but {of} has {value}; encode them again")
+    return float(scale)
+
+
+def stored(records: list[Record], key: str, *, shards: str) -> Any:
+    """What all encoded latents carry in their records' origin."""
+    values = {record.origin.get(key) for record in records if record.kind == "latent"}
+    if len(values) != 1 or None in values:
+        raise ConfigError(f"the latents of {shards} must all carry one {key}; encode them with launch/encode.py")
+    return values.pop()
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over names and bytes of all weights."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class RankData:
@@ -139,37 +161,51 @@ def prepare_folder(config: DiTRun | VAERun, mesh: ParallelMesh, *, plan: Plan) -
     """The run's folder with its resolved configuration and data report; refuses a folder that holds another run."""
     folder = Path(config.run.dir)
     path = folder / "config.yaml"
-    if path.exists():
-        refuse_other_run(config, path)
+    # Decided by one rank: it writes the file that the others would read.
+    refusal = refused_as_other_run(config, path) if mesh.is_first and path.exists() else None
+    if refusal := broadcast_object(refusal, mesh.replica):
+        raise ConfigError(refusal)
     if mesh.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_yaml(config), encoding="utf-8")
-        with (folder / "data_report.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(vars(defect), ensure_ascii=False) + "\n" for defect in plan.dropped)
-        if plan.dropped:
-            print(
-                f"data: {len(plan.dropped)} of {len(plan.records)} samples are not used, listed with reasons in "
-                f"{folder / 'data_report.jsonl'}; first: {plan.dropped[0].source}: {plan.dropped[0].reason}",
-                flush=True,
-            )
+        with replacing(path) as temporary:
+            temporary.write_text(to_yaml(config), encoding="utf-8")
+        cut = cut_captions(plan.records)
+        add_to_report(folder / "data_report.jsonl", [*plan.dropped, *cut])
+        for what, defects in (("are not used", plan.dropped), ("have a caption that is cut", cut)):
+            if defects:
+                print(
+                    f"data: {len(defects)} of {len(plan.records)} samples {what}, listed with reasons in "
+                    f"{folder / 'data_report.jsonl'}; first: {defects[0].source}: {defects[0].reason}",
+                    flush=True,
+                )
     barrier(mesh.replica)
 
 
-def refuse_other_run(config: DiTRun | VAERun, path: Path) -> None:
-    before, now = (_flat(dataclasses.asdict(item)) for item in (load_config(type(config), [path]), config))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and not any(key == free or key.startswith(free + ".") for free in FREE):
-            raise ConfigError(
-                f"{path} was started with {key}={before.get(key)!r}, now {now.get(key)!r}; use another run.dir or the old value"
-            )
+def cut_captions(records: Sequence[Record]) -> list[Defect]:
+    """Encoded samples whose caption was longer than the text encoder's length; it was measured when they were encoded."""
+    facts = ((record, record.origin.get("caption_tokens", 0), record.origin.get("text_length", 0)) for record in records)
+    return [
+        Defect(record.key, record.source, cut_reason(tokens, length)) for record, tokens, length in facts if tokens > length
+    ]
 
 
-def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = f"{path}.{key}" if path else key
-        flat |= _flat(value, inner) if isinstance(value, dict) else {inner: value}
-    return flat
+def add_to_report(path: Path, defects: Sequence[Defect]) -> None:
+    """Append what an earlier start of the run has not listed yet."""
+    listed = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in map(report_line, defects) if line not in listed)
+
+
+def refused_as_other_run(config: DiTRun | VAERun, path: Path) -> str | None:
+    """Why the run that ``path`` describes cannot be continued as ``config``."""
+    try:
+        old = load_config(type(config), [path])
+    except ConfigError as error:
+        return f"{error}; use another run.dir"
+    before, now = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(config))
+    for key in sorted(before):
+        if before[key] != now[key] and not any(key == free or key.startswith(free + ".") for free in FREE):
+            return f"{path} was started with {key}={before[key]!r}, now {now[key]!r}; use another run.dir or the old value"
+    return None
 
 
 def build_vae(config: VAERun) -> VAE:

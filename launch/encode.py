@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -16,9 +14,11 @@ from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.data.loader import read_sample
 from cogvideo_dist.data.plan import assign_size
 from cogvideo_dist.data.shards import DataError, ShardReader, read_index, write_shards
+from cogvideo_dist.models.text import TextEncoder
+from cogvideo_dist.models.vae import VAE, Semantics
 from cogvideo_dist.protocols import Defect, Sample, Slot
-from cogvideo_dist.tasks.video import FrozenModels
-from launch.compose import load_text, load_vae
+from cogvideo_dist.tasks.pixels import to_video
+from launch.compose import cut_captions, load_text, load_vae, weights_digest
 from launch.environment import config_parser, run_command, split_config
 
 
@@ -35,22 +35,28 @@ def main() -> None:
     if config.data.source != "pixels":
         raise ConfigError("data.source must be pixels, which are what this command encodes")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = load_vae(config.frozen.vae or "", device)
-    frozen = FrozenModels(
-        vae.config.scaling_factor, vae, config.frozen.vae_semantics,
-        load_text(config.frozen.text or "", config.model.transformer(), device),
-    )  # fmt: skip
-    written = write_shards(options.out, entries(config, frozen))
+    encoders = Encoders(
+        load_vae(config.frozen.vae or "", device), load_text(config.frozen.text or "", config.model.transformer(), device)
+    )
+    written = write_shards(options.out, entries(config, encoders))
     print(f"{written.samples} samples encoded into {options.out}, {written.rejected} could not be used")
+    cut = cut_captions(read_index(options.out))
+    if cut:
+        print(f"{len(cut)} captions were cut; runs list them in data_report.jsonl; first: {cut[0].source}: {cut[0].reason}")
 
 
-def entries(config: DiTRun, frozen: FrozenModels) -> Iterator[tuple[str, Mapping[str, bytes], Mapping[str, Any]] | Defect]:
+class Encoders(NamedTuple):
+    vae: VAE
+    text: TextEncoder
+
+
+def entries(config: DiTRun, encoders: Encoders) -> Iterator[tuple[str, Mapping[str, bytes], Mapping[str, Any]] | Defect]:
     """Every clip of the shards in the form that ``write_shards`` takes, or what was wrong with it."""
     reader = ShardReader(config.data.shards)
-    assert frozen.vae is not None
     origin = {
-        "vae": weights_digest(frozen.vae), "semantics": frozen.vae_semantics, "scaling_factor": frozen.latent_scale,
-        "fps": config.data.fps,
+        "vae": weights_digest(encoders.vae), "semantics": config.frozen.vae_semantics,
+        "scaling_factor": encoders.vae.config.scaling_factor, "fps": config.data.fps,
+        "text_length": encoders.text.length, "text_dim": encoders.text.dim,
     }  # fmt: skip
     for index, record in enumerate(tqdm(read_index(config.data.shards), unit="clip")):
         size = assign_size(record, config.data)
@@ -65,33 +71,23 @@ def entries(config: DiTRun, frozen: FrozenModels) -> Iterator[tuple[str, Mapping
             continue
         facts = {
             "source": record.source, "kind": "latent", "frames": size[0], "fps": config.data.fps, "height": size[1],
-            "width": size[2], "caption_length": record.caption_length, "size": size, "origin": origin,
+            "width": size[2], "caption_length": record.caption_length, "size": size,
+            "origin": {**origin, "caption_tokens": encoders.text.token_count(sample.caption)},
         }  # fmt: skip
-        yield record.key, members(sample, frozen), facts
+        yield record.key, members(sample, encoders, semantics=config.frozen.vae_semantics), facts
 
 
 @torch.no_grad()
-def members(sample: Sample, frozen: FrozenModels) -> dict[str, bytes]:
-    assert sample.pixels is not None and frozen.vae is not None and frozen.text is not None
-    weight = next(frozen.vae.parameters())
-    video = sample.pixels.to(weight.device).permute(3, 0, 1, 2)[None].to(weight.dtype) / 127.5 - 1
-    posterior = frozen.vae.encode(video, semantics=frozen.vae_semantics)
-    text = frozen.text.encode([sample.caption])[0]
+def members(sample: Sample, encoders: Encoders, *, semantics: Semantics) -> dict[str, bytes]:
+    vae, text = encoders
+    posterior = vae.encode(to_video([sample], next(vae.parameters())), semantics=semantics)
+    features = text.encode([sample.caption])[0]
     moments = {"mean": posterior.mean[0].cpu().contiguous(), "logvar": posterior.logvar[0].cpu().contiguous()}
     return {
         "latent.safetensors": save(moments),
-        "text.safetensors": save({"text": text.cpu().contiguous()}),
+        "text.safetensors": save({"text": features.cpu().contiguous()}),
         "txt": sample.caption.encode(),
     }
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over names and bytes of all weights."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the launcher says about this process, and how a command ends. The only place that reads environment variables."""
+"""What the launcher says about this process, and how a command ends. The only place that reads the environment."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def run_command(name: str, main: Callable[[], None]) -> None:
         _leave(name, rank, f"error: {error}", REFUSED)
     except FloatingPointError as error:
         _leave(name, rank, f"error: {error}", NON_FINITE)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         _leave(name, rank, f"error: {error}", FAILED)
 
 

@@ -6,7 +6,7 @@ import argparse
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from tqdm import tqdm
@@ -88,8 +88,10 @@ def sampling_settings(options: argparse.Namespace, pipeline: Pipeline) -> Sampli
         size = (4 * (model.sample_frames - 1) + 1, SPATIAL * model.sample_height, SPATIAL * model.sample_width)
         base = Sampling(size=size, fps=8.0 if model.patch[0] == 1 else 16.0)
     names = ("steps", "guidance", "guidance_kind", "sampler", "fps", "seed")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return replace(base, **given, **({"size": tuple(options.size)} if options.size else {}))
+    given: dict[str, Any] = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.size:
+        given["size"] = tuple(options.size)
+    return replace(base, **given)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from cogvideo_dist.config.load import load_config
 from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.engine.trainer import DataLimits, Trainer
-from cogvideo_dist.parallel.mesh import stop
+from cogvideo_dist.parallel.mesh import ParallelMesh, stop
 from cogvideo_dist.tasks.video import VideoTask
 from launch.compose import RankData, build_transformer, load_frozen, prepare_folder, transformer_geometry
 from launch.environment import config_parser, join, read_place, run_command, split_config
@@ -19,11 +21,14 @@ def main() -> None:
     )
     files, overrides = split_config(parser.parse_args().config)
     config = load_config(DiTRun, files, overrides)
-    mesh, device = join(read_place())
+    train(config, *join(read_place()))
+    stop()
+
+
+def train(config: DiTRun, mesh: ParallelMesh, device: torch.device) -> None:
+    """The whole run, on this rank of ``mesh``."""
     data = RankData(config.data, seed=config.run.seed, geometry=transformer_geometry(config.model.transformer()), mesh=mesh)
-    frozen = load_frozen(
-        config, device=device, records=data.records, pictures=config.validation.samples_every > 0
-    )
+    frozen = load_frozen(config, device=device, records=data.records, pictures=config.validation.samples_every > 0)
     task = VideoTask(
         build_transformer(config), frozen, diffusion=config.diffusion, validation=config.validation, seed=config.run.seed
     )
@@ -33,7 +38,6 @@ def main() -> None:
         max_bad_share=config.data.max_bad_share,
     )  # fmt: skip
     Trainer(config, task, batches=data, mesh=mesh, data_limits=limits).run()
-    stop()
 
 
 if __name__ == "__main__":

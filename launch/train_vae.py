@@ -5,7 +5,7 @@ from __future__ import annotations
 from cogvideo_dist.config.load import ConfigError, load_config
 from cogvideo_dist.config.schema import VAERun
 from cogvideo_dist.engine.trainer import DataLimits, Trainer
-from cogvideo_dist.parallel.mesh import stop
+from cogvideo_dist.parallel.mesh import ParallelMesh, stop
 from cogvideo_dist.tasks.vae import VAETask
 from launch.compose import RankData, build_vae, latent_geometry, prepare_folder
 from launch.environment import config_parser, join, read_place, run_command, split_config
@@ -21,6 +21,12 @@ def main() -> None:
     if config.data.source != "pixels":
         raise ConfigError("data.source must be pixels to train the autoencoder")
     mesh, _ = join(read_place())
+    train(config, mesh)
+    stop()
+
+
+def train(config: VAERun, mesh: ParallelMesh) -> None:
+    """The whole run, on this rank of ``mesh``."""
     data = RankData(config.data, seed=config.run.seed, geometry=latent_geometry, mesh=mesh)
     task = VAETask(build_vae(config), config.loss, seed=config.run.seed, fps=config.data.fps)
     prepare_folder(config, mesh, plan=data.plan)
@@ -29,7 +35,6 @@ def main() -> None:
         max_bad_share=config.data.max_bad_share,
     )  # fmt: skip
     Trainer(config, task, batches=data, mesh=mesh, data_limits=limits).run()
-    stop()
 
 
 if __name__ == "__main__":

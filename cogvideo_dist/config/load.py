@@ -1,4 +1,4 @@
-"""YAML files and ``key.path=value`` overrides -> a validated configuration, or one error that names place, key and remedy."""
+"""YAML files and ``key.path=value`` overrides -> a validated configuration, or one error that names place and remedy."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,8 @@ def load_config(kind: type[Config], files: Sequence[str | Path], overrides: Sequ
         _merge(merged, _parse_override(override, places))
     _refuse_unknown(kind, merged, "", places)
     try:
-        return TypeAdapter(kind).validate_json(_to_json(merged, places), strict=True)
+        # JSON, in which pydantic's strict mode takes lists for tuples and mappings for dataclasses, and nothing else.
+        return TypeAdapter(kind).validate_json(json.dumps(merged), strict=True)
     except ValidationError as error:
         raise ConfigError(_explain(error, places, files)) from None
 
@@ -71,6 +73,8 @@ def _parse(text: str, source: str, places: Places) -> dict[str, Any]:
         value = {} if node is None else _value(loader, node, "", source=source, places=places, budget=budget)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: nested too deeply; does an anchor hold itself?") from None
     finally:
         loader.dispose()
     if not isinstance(value, dict):
@@ -102,7 +106,17 @@ def _value(
             for index, item in enumerate(node.value)
         ]
     places.setdefault(path, place)
-    return loader.construct_object(node)
+    return _scalar(loader, node, path=path, place=place)
+
+
+def _scalar(loader: yaml.SafeLoader, node: yaml.Node, *, path: str, place: str) -> str | int | float | None:
+    try:
+        value = loader.construct_object(node)
+    except ValueError as error:  # a date that is none, a number of a million digits
+        raise ConfigError(f"{place}: {path}: {node.value[:40]!r} cannot be read: {error}") from None
+    if not isinstance(value, (str, int, float, type(None))) or value in (math.inf, -math.inf) or value != value:
+        raise ConfigError(f"{place}: {path}: expected a finite number, text, true, false or null, found {node.value!r}")
+    return value
 
 
 def _parse_override(override: str, places: Places) -> dict[str, Any]:
@@ -139,14 +153,6 @@ def _refuse_unknown(kind: Any, values: Any, path: str, places: Places) -> None:
         _refuse_unknown(types[key], value, inner, places)
 
 
-def _to_json(merged: dict[str, Any], places: Places) -> str:
-    """JSON, in which pydantic's strict mode takes lists for tuples and mappings for dataclasses, and nothing else."""
-    try:
-        return json.dumps(merged, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"the configuration holds a value that is no number, text, list or mapping: {error}") from None
-
-
 def _explain(error: ValidationError, places: Places, files: Sequence[str | Path]) -> str:
     lines = []
     for problem in error.errors(include_url=False):
@@ -156,10 +162,11 @@ def _explain(error: ValidationError, places: Places, files: Sequence[str | Path]
         found = problem["input"]
         if problem["type"] == "missing":
             lines.append(f"{place}: key {path} is missing")
-        elif problem["type"] == "value_error":
-            lines.append(f"{place}: {problem['ctx']['error']}")
-        elif isinstance(found, str) and _is_number(found):
-            lines.append(f"{place}: {path} is the text {found!r}, not a number; in YAML write {float(found)!r} ({_dotted(found)})")
+        elif problem["type"] == "value_error":  # of a section, whose message begins with the key that is at fault
+            message = str(problem["ctx"]["error"])
+            lines.append(f"{places.get(message.split()[0].rstrip(':'), place)}: {message}")
+        elif isinstance(found, str) and problem["type"] in ("int_type", "float_type") and _is_number(found):
+            lines.append(f"{place}: {path} is the text {found!r}, not a number; write {_unquoted(found)}")
         else:
             lines.append(f"{place}: {path}: {problem['msg'].lower()}, found {found!r}")
     return "; ".join(dict.fromkeys(lines))
@@ -171,13 +178,14 @@ def _prefixes(keys: list[str]) -> list[str]:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
-def _dotted(text: str) -> str:
-    """How the number must be spelled for YAML 1.1 to see one: 1e-5 -> 1.0e-5."""
-    mantissa, exponent, power = text.lower().partition("e")
-    return f"{mantissa if '.' in mantissa else mantissa + '.0'}{exponent}{power if power[:1] in '+-' else '+' + power}"
+def _unquoted(text: str) -> str:
+    """How a number must be spelled for YAML 1.1 to see one: 1e-5 -> 1.0e-5, '8' -> 8."""
+    mantissa, exponent, power = text.strip().lower().partition("e")
+    if not exponent:
+        return mantissa
+    return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{power if power[:1] in ('+', '-') else '+' + power}"

@@ -226,7 +226,7 @@ def _show(
     while stop < len(times) and times[stop] + TICK < upto:
         stop += 1
     if stop > done:
-        image = np.rot90(frame.to_ndarray(format="rgb24"), _displayed(frame)[2] // 90)
+        image = np.rot90(frame.to_ndarray(format="rgb24", threads=1), _displayed(frame)[2] // 90)
         height, width = pixels.shape[1:3]
         pixels[done:stop] = _fit(Image.fromarray(np.ascontiguousarray(image)), (height, width), place)
     return stop

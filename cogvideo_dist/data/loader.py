@@ -43,7 +43,7 @@ def read_sample(reader: ShardReader, record: Record, slot: Slot, *, seed: int, f
             pixels = decode_image(data, size=area, generator=generator, crop=crop)
         else:
             pixels = decode_video(data, fps=fps, frames=frames, size=area, generator=generator, crop=crop)
-        return Sample(slot, record.key, caption, pixels=pixels)
+        return Sample(slot, record.key, record.source, caption, pixels=pixels)
     except (DecodeError, SafetensorError) as error:
         raise DataError(record.key, record.source, str(error)) from None
 
@@ -61,7 +61,7 @@ def _latent_sample(reader: ShardReader, record: Record, slot: Slot) -> Sample:
             f"[L, dim], found {list(mean.shape)}, {list(logvar.shape)} and {list(text.shape)}"
         )
     caption = caption_of(reader.read(record, "txt")) if "txt" in record.members else ""
-    return Sample(slot, record.key, caption, mean=mean, logvar=logvar, text=text)
+    return Sample(slot, record.key, record.source, caption, mean=mean, logvar=logvar, text=text)
 
 
 class _Packs(Dataset[Read]):

@@ -150,6 +150,23 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tu
         raise CheckpointError(f"{source} is of another model: it has the unknown tensor {extra[0]}")
 
 
+def check_about(expected: Mapping[str, Any], found: Mapping[str, Any], *, source: str) -> None:
+    """Refuse a checkpoint whose tensors fit but whose run or model computed something else, naming the first difference."""
+    for key, value in flat(json.loads(json.dumps(expected))).items():
+        before = flat(found).get(key, value)
+        if before != value:
+            raise CheckpointError(f"{source} is of another run: it was made with {key}={before!r}, this run has {value!r}")
+
+
+def flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested mappings as one, under dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = f"{path}.{key}" if path else key
+        found |= flat(value, inner) if isinstance(value, Mapping) else {inner: value}
+    return found
+
+
 def file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file.read())

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from cogvideo_dist.evaluation.media import gif_bytes, write_contact_sheet, write_mp4
+from cogvideo_dist.evaluation.media import gif_bytes, replacing, write_contact_sheet, write_mp4
 from cogvideo_dist.parallel.mesh import Axis
 from cogvideo_dist.parallel.ops import reduce_sum
 from cogvideo_dist.protocols import Defect, Picture
@@ -54,11 +54,13 @@ class RunLog:
     """Files of one run; ``first_step`` is where this start of it begins, so that what a killed start logged later is dropped."""
 
     def __init__(self, folder: Path, *, first_step: int, steps: int, speaks: bool) -> None:
-        self.folder, self.speaks = folder, speaks
+        self.folder, self.speaks, self.noticed = folder, speaks, False
         if not speaks:
             return
         folder.mkdir(parents=True, exist_ok=True)
         _drop_after(folder / "log.jsonl", first_step)
+        self.report = folder / "data_report.jsonl"
+        self.listed = set(self.report.read_text(encoding="utf-8").splitlines()) if self.report.exists() else set()
         self.lines = (folder / "log.jsonl").open("a", encoding="utf-8")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self.bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stderr, dynamic_ncols=True)
@@ -93,10 +95,30 @@ class RunLog:
         write_contact_sheet(folder / "contact-sheet.png", [(picture.caption, picture.frames) for picture in pictures])
 
     def defects(self, defects: Iterable[Defect]) -> None:
-        """Append to the data report; every sample that was not used as planned is one line of it."""
-        if self.speaks:
-            with (self.folder / "data_report.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(vars(defect), ensure_ascii=False) + "\n" for defect in defects)
+        """Append to the data report and say it; every time that a sample was not used as planned is one line of it."""
+        if not self.speaks:
+            return
+        for defect in defects:
+            self._list(report_line(defect))
+            self.say(f"data: {defect.source}: {defect.reason}; used {defect.replaced_by} instead")
+
+    def notices(self, notices: Iterable[Defect]) -> int:
+        """Append each to the data report once, and say the first; returns how many are new."""
+        if not self.speaks:
+            return 0
+        fresh = [notice for notice in notices if report_line(notice) not in self.listed]
+        if fresh and not self.noticed:
+            self.noticed = True
+            self.say(f"data: {fresh[0].source}: {fresh[0].reason}; this one and others alike are listed in {self.report}")
+        lines = dict.fromkeys(map(report_line, fresh))  # two ranks may have met the same
+        for line in lines:
+            self._list(line)
+        return len(lines)
+
+    def _list(self, line: str) -> None:
+        self.listed.add(line)
+        with self.report.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
     def close(self) -> None:
         if self.speaks:
@@ -105,8 +127,13 @@ class RunLog:
             self.board.close()
 
 
+def report_line(defect: Defect) -> str:
+    """One line of a data report."""
+    return json.dumps(vars(defect), ensure_ascii=False)
+
+
 def _drop_after(path: Path, step: int) -> None:
-    """Keep the lines of ``log.jsonl`` up to ``step``; a torn last line goes too."""
+    """Keep the lines of ``log.jsonl`` up to ``step``, none if the run begins anew; a torn last line goes too."""
     if not path.exists():
         return
     kept = []
@@ -115,9 +142,10 @@ def _drop_after(path: Path, step: int) -> None:
             entry: dict[str, Any] = json.loads(line)
         except ValueError:
             continue
-        if entry["step"] <= step:
+        if entry["step"] <= step and step > 0:
             kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def _moving(tag: str, picture: Picture) -> Summary:

@@ -6,13 +6,13 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from cogvideo_dist.config.schema import Checkpoint, Log, Run, Train, Validation
-from cogvideo_dist.engine.checkpoint import Saved, checkpoints, load, newest, save
+from cogvideo_dist.engine.checkpoint import CheckpointError, Saved, check_about, checkpoints, load, newest, save
 from cogvideo_dist.engine.flops import peak_flops
 from cogvideo_dist.engine.log import Meter, RunLog, means, peak_memory
 from cogvideo_dist.engine.optim import learning_rate
@@ -55,11 +55,18 @@ class Trainer:
         self.first_step, self.engine = self._start()
         self.log = RunLog(self.folder, first_step=self.first_step, steps=settings.train.steps, speaks=mesh.is_first)
         self.meter = Meter()
-        self.defects: list[Defect] = []
+        self.defects: list[Defect] = []  # samples that others replaced
+        self.noticed: list[Defect] = []
         self.peak = peak_flops(self.engine.device, settings.log.peak_tflops) * mesh.replica.size
 
     def run(self) -> None:
         """Train to the end. Held-out loss is taken before the first step, when due, and after the last."""
+        try:
+            self._run()
+        finally:
+            self.log.close()
+
+    def _run(self) -> None:
         steps = self.settings.train.steps
         if self.first_step == 0:
             self.validate(0)
@@ -69,25 +76,27 @@ class Trainer:
             self._step(step, batches)
             done = step + 1
             last = done == steps
-            if last or done % self.settings.log.every == 0:
+            saving = last or done % self.settings.checkpoint.every == 0
+            # What is saved has been seen to be finite, and an interrupted run reports over the same steps as a whole one.
+            if saving or done % self.settings.log.every == 0:
                 self._report(done)
             if last or _due(done, self.settings.validation.every):
                 self.validate(done)
             if last or _due(done, self.settings.validation.samples_every):
                 self.show(done)
-            if last or done % self.settings.checkpoint.every == 0:
+            if saving:
                 self.save(done)
-        self.log.close()
 
     def _start(self) -> tuple[int, Engine]:
         """The engine, with the state of the newest whole checkpoint if there is one. All ranks take the same."""
         found = broadcast_object(self._newest() if self.mesh.is_first else None, self.mesh.replica)
         if isinstance(found, str):
-            raise ValueError(found)
+            raise CheckpointError(found)
         path = found
         state = saved = None
         if path is not None:
             state, saved = load(path, self.task.model)
+            check_about(self._about(), saved.about, source=str(path))
             with torch.no_grad():
                 for name, parameter in self.task.model.named_parameters():
                     if parameter.requires_grad:
@@ -104,7 +113,7 @@ class Trainer:
     def _newest(self) -> Path | str | None:
         try:
             path, problems = newest(self.folder / "ckpt")
-        except ValueError as error:
+        except CheckpointError as error:
             return str(error)
         for problem in problems:
             print(f"cogvideo_dist: warning: falling back to {path}: {problem}", flush=True)
@@ -140,6 +149,7 @@ class Trainer:
         steps = sums.pop("steps")[0] / self.mesh.dp.size
         loss, tokens, samples = sums.pop("loss")[0] / steps, sums.pop("tokens"), sums.pop("samples")
         flops, wait = sums.pop("flops")[0], sums.pop("time/loader_wait")[0]
+        replaced, partial = self._list_defects()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of step {done} is {loss}; the last checkpoint stands")
         values = {
@@ -153,6 +163,8 @@ class Trainer:
             "data/padding_share": 1 - tokens[0] / tokens[1],
             "data/loader_wait_share": wait / self.mesh.dp.size / elapsed,
             "data/samples": samples[0],
+            "data/replaced_samples": replaced,
+            "data/partial_samples": partial,
             "memory/peak_gib": max(gather_objects(peak_memory(device), self.mesh.replica)) / 2**30,
             **means(sums),
         }
@@ -160,18 +172,21 @@ class Trainer:
             values["loss_scale"] = self.engine.scaler["cur_scale"]
         self.log.scalars(done, values)
         self.log.progress(done, loss=f"{loss:.4f}", norm=f"{values['gradient_norm']:.3f}", mfu=f"{values['throughput/mfu']:.0%}")
-        self._check_data(int(samples[0]))
+        self._check_data(int(samples[0]), replaced)
 
-    def _check_data(self, samples: int) -> None:
-        """List the samples that were replaced and stop where they are too many. Every rank comes to the same verdict."""
-        gathered = gather_objects(self.defects, self.mesh.dp)
-        self.defects = []
-        defects = [defect for part in gathered for defect in part]
-        self.log.defects(defects)
-        for defect in defects:
-            self.log.say(f"data: {defect.source}: {defect.reason}; used {defect.replaced_by} instead")
+    def _list_defects(self) -> tuple[int, int]:
+        """List the samples that were replaced, and those that are used in part, since the last report; how many they are."""
+        gathered = gather_objects((self.defects, self.noticed + self.task.notices()), self.mesh.dp)
+        self.defects, self.noticed = [], []
+        replaced = [defect for defects, _ in gathered for defect in defects]
+        partial = [notice for _, noticed in gathered for notice in noticed]
+        self.log.defects(replaced)
+        return len(replaced), self.log.notices(partial)
+
+    def _check_data(self, samples: int, replaced: int) -> None:
+        """Stop where too many samples were replaced. Every rank comes to the same verdict."""
         self.limits.samples += samples
-        self.limits.bad += len(defects)
+        self.limits.bad += replaced
         if self.limits.samples >= self.limits.judged_after and self.limits.bad > self.limits.max_bad_share * self.limits.samples:
             raise ValueError(
                 f"{self.limits.bad} of {self.limits.samples} samples could not be read, more than data.max_bad_share "
@@ -183,6 +198,7 @@ class Trainer:
         meter = Meter()
         self.engine.model.eval()
         for batch, weight in self.batches.held_out():
+            self.noticed += batch.defects
             for name, (value, count) in self.task.held_out_loss(self.engine.forward, batch).items():
                 meter.add(name, value * weight, count * weight)
         self.engine.model.train()
@@ -203,10 +219,12 @@ class Trainer:
     def save(self, done: int) -> None:
         state = self.engine.full_state()
         if self.mesh.is_first:
-            about = {"config_seed": self.settings.run.seed, **self.task.fingerprint()}
-            saved = Saved(done, self.settings.run.seed, about, self.engine.scaler)
+            saved = Saved(done, self.settings.run.seed, self._about(), self.engine.scaler)
             save(self.folder / "ckpt", state, saved, keep=self.settings.checkpoint.keep)
         barrier(self.mesh.replica)
+
+    def _about(self) -> dict[str, Any]:
+        return {"seed": self.settings.run.seed, **self.task.fingerprint()}
 
 
 class DataLimits:

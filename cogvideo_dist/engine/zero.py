@@ -162,7 +162,7 @@ class Engine:
             for name, p in self.names.items():
                 self._set_working(p, kept[name])
 
-    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+    def _shape(self, parameter: Any) -> torch.Size:
         return parameter.ds_shape if self.stage == 3 else parameter.shape
 
     def _read(self, parameter: nn.Parameter, kind: str) -> Tensor:
@@ -191,13 +191,13 @@ class Engine:
         else:
             safe_set_full_optimizer_state(parameter, value, kind)
 
-    def _local(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+    def _local(self, parameter: Any, value: Tensor) -> Tensor:
         """This rank's slice of a whole tensor under stage 3: ceil(numel / ranks) elements, zero padded."""
         size = parameter.ds_tensor.numel()
         flat = value.flatten()[self.mesh.replica.rank * size :][:size]
         return torch.nn.functional.pad(flat, (0, size - flat.numel()))
 
-    def _working(self, parameter: nn.Parameter) -> Tensor:
+    def _working(self, parameter: Any) -> Tensor:
         return (parameter.ds_tensor if self.stage == 3 else parameter).detach()
 
     def _set_working(self, parameter: nn.Parameter, value: Tensor) -> None:

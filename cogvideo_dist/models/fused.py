@@ -1,9 +1,9 @@
 """The transformer block's three operations, each with its own backward that keeps the least.
 
-Autograd would keep about 23 tensors of [n, hidden] per block; these keep 10: the block's input, q, k, v before their norm,
-the attention's output, the middle of the block, and the feed-forward's four before GELU. Everything between is made again
-in the backward, elementwise only. ``again`` lets a caller drop q, k, v or the feed-forward's four as well and have them
-made again by their linear; attention itself is never computed twice.
+Autograd would keep about 23 tensors of [n, hidden] per block; these keep 10: the block's input, q, k, v before their
+norm, the attention's output, the middle of the block, and the feed-forward's four before GELU. Everything between is made
+again in the backward, elementwise only. ``again`` lets a caller drop q, k, v or the feed-forward's four as well and have
+them made again by their linear; attention itself is never computed twice.
 
 Legend: n = tokens of the pack, r = rows of modulation, ``runs`` = consecutive tokens sharing a row.
 """
@@ -82,7 +82,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return wide.to(x.dtype)
 
 
-def _normed_heads(qkv: Tensor, norms: Sequence[Tensor], rope: Tensor | None, eps: float) -> tuple[list[Tensor], list]:
+def normed_heads(qkv: Tensor, norms: Sequence[Tensor], rope: Tensor | None, eps: float) -> tuple[list[Tensor], list]:
     """Queries and keys after norm and rotation, and what the norms' backward wants: (input, mean, rstd) of each."""
     heads, inputs = [], []
     for index in range(2):
@@ -98,7 +98,8 @@ class NormRotateAttend(torch.autograd.Function):
     """Attention inside each clip with per-head LayerNorm of q and k and rotary positions.
 
     qkv [n, 3, heads, dim]; the norms' (weight, bias) for q then k, each [dim]; rope [n, dim/2] complex, 1 for text
-    tokens (which are not rotated), or None. Keeps qkv (or, given ``again``, not even that), the output and the log-sum-exp.
+    tokens (which are not rotated), or None. Keeps qkv (not even that if ``again`` is given), the output and the
+    log-sum-exp.
     """
 
     @staticmethod
@@ -106,7 +107,7 @@ class NormRotateAttend(torch.autograd.Function):
         ctx: Any, qkv: Tensor, wq: Tensor, bq: Tensor, wk: Tensor, bk: Tensor,
         rope: Tensor | None, groups: tuple[Group, ...], eps: float, again: Again | None,
     ) -> Tensor:  # fmt: skip
-        (q, k), _ = _normed_heads(qkv, (wq, bq, wk, bk), rope, eps)
+        (q, k), _ = normed_heads(qkv, (wq, bq, wk, bk), rope, eps)
         out, saved = attend(q, k, qkv[:, 2], groups=groups)
         ctx.save_for_backward(None if again else qkv, wq, bq, wk, bk, rope, out, *chain.from_iterable(saved))
         ctx.groups, ctx.eps, ctx.again = groups, eps, again
@@ -120,7 +121,7 @@ class NormRotateAttend(torch.autograd.Function):
         ctx.again = None
         each = len(rest) // len(ctx.groups)
         saved = tuple(tuple(rest[i : i + each]) for i in range(0, len(rest), each))
-        (q, k), inputs = _normed_heads(qkv, (wq, bq, wk, bk), rope, ctx.eps)
+        (q, k), inputs = normed_heads(qkv, (wq, bq, wk, bk), rope, ctx.eps)
         *d_heads, d_v = attend_backward(grad, (q, k, qkv[:, 2]), attended=Attended(out, saved), groups=ctx.groups)
         d_qkv = torch.empty_like(qkv)
         d_qkv[:, 2] = d_v

@@ -31,6 +31,7 @@ Semantics = Literal["whole", "chunked"]
 FRAME_CHUNK = 8
 LATENT_CHUNK = 2
 LOGVAR_RANGE = (-30.0, 20.0)
+QUIET = -6.0
 WHOLE = Whole()
 
 
@@ -200,9 +201,17 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def initial(self, name: str) -> Initial:
-        """How parameter ``name`` starts: norms as the identity, convolutions and their biases uniform by fan-in."""
+        """How parameter ``name`` starts: norms as the identity, convolutions and their biases uniform by fan-in.
+
+        The posterior starts narrow (log-variance ``QUIET``): noise as large as the prior's would drown what an untrained
+        encoder says, and hundreds of steps with it.
+        """
         owner, _, kind = name.rpartition(".")
         module = self.get_submodule(owner)
+        if name == "encoder.conv_out.bias":
+            return lambda shape, generator: torch.tensor([0.0, QUIET]).repeat_interleave(shape[0] // 2)
+        if kind == "bias" and owner.endswith((".scale", ".shift")):  # of a spatial norm
+            return constant(1.0 if owner.endswith(".scale") else 0.0)
         if isinstance(module, NormSiLU):
             return constant(1.0 if kind == "weight" else 0.0)
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):

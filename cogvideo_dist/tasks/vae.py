@@ -16,8 +16,9 @@ from cogvideo_dist.config.schema import SPATIAL, TEMPORAL, Size, VAELoss
 from cogvideo_dist.evaluation.media import to_uint8
 from cogvideo_dist.models.vae import VAE, VAEConfig
 from cogvideo_dist.pack.layout import PackLayout
-from cogvideo_dist.protocols import Batch, Loss, Picture, Sample
+from cogvideo_dist.protocols import Batch, Defect, Loss, Picture, Sample
 from cogvideo_dist.rng import fold
+from cogvideo_dist.tasks.pixels import to_video
 
 SHOWN = 4
 """Held-out clips in the contact sheet."""
@@ -33,7 +34,7 @@ class VAETask:
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         reconstruction, kl = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for samples in _by_size(batch.samples):
-            video = torch.cat([self._video(sample) for sample in samples])
+            video = to_video(samples, next(self.model.parameters()))
             noise = torch.cat([self._noise(video, sample) for sample in samples])
             output, posterior = model(video, noise)
             error = (output - video).float()
@@ -66,6 +67,9 @@ class VAETask:
             pictures.append(Picture(f"clip-{sample.key}", f"original | reconstruction: {sample.caption}", pair, self.fps))
         return pictures
 
+    def notices(self) -> list[Defect]:
+        return []
+
     def flops(self, layout: PackLayout) -> float:
         """Three forwards, as counted operation by operation."""
         return 3.0 * sum(_forward_flops(self.model.config, clip.grid) for clip in layout.clips)
@@ -77,12 +81,6 @@ class VAETask:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _video(self, sample: Sample) -> Tensor:
-        if sample.pixels is None:
-            raise ValueError(f"sample {sample.key} holds no pixels; the autoencoder trains with data.source: pixels")
-        pixels = sample.pixels.to(self.device).permute(3, 0, 1, 2)[None]
-        return pixels.to(next(self.model.parameters()).dtype) / 127.5 - 1
-
     def _noise(self, video: Tensor, sample: Sample) -> Tensor:
         generator = fold(self.seed, "posterior", sample.slot.epoch, sample.slot.index)
         shape = (1, *self.model.config.latent_shape(tuple(video.shape[2:])))
@@ -90,7 +88,7 @@ class VAETask:
 
     def _reconstruct(self, model: nn.Module, sample: Sample) -> tuple[Tensor, Tensor]:
         """(reconstruction, original), both [1, 3, T, H, W] float32."""
-        video = self._video(sample)
+        video = to_video([sample], next(self.model.parameters()))
         output, _ = model(video, torch.zeros_like(self._noise(video, sample)))
         return output.float(), video.float()
 

@@ -21,8 +21,9 @@ from cogvideo_dist.models.vae import VAE, Posterior, Semantics
 from cogvideo_dist.pack.layout import PackLayout
 from cogvideo_dist.pack.patch import patchify
 from cogvideo_dist.pack.shard import SequenceShard
-from cogvideo_dist.protocols import Batch, Loss, Picture, Sample
+from cogvideo_dist.protocols import Batch, Defect, Loss, Picture, Sample
 from cogvideo_dist.rng import fold
+from cogvideo_dist.tasks.pixels import to_video
 from cogvideo_dist.tasks.sampling import Sampler, padded_front
 
 HELD_OUT_SEED = 0
@@ -47,6 +48,8 @@ class VideoTask:
     ) -> None:
         self.model, self.frozen, self.diffusion, self.validation, self.seed = model, frozen, diffusion, validation, seed
         self.schedule = Schedule(ScheduleConfig(snr_shift=diffusion.snr_shift))
+        self.measured: set[str] = set()  # keys of the samples whose captions were counted
+        self.cut: list[Defect] = []
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """The pack's share of the step's loss; timesteps, noise, posterior and dropout follow (seed, epoch, step, sample)."""
@@ -95,6 +98,11 @@ class VideoTask:
             for i, (prompt, text) in enumerate(zip(self.validation.prompts, texts))
         ]
 
+    def notices(self) -> list[Defect]:
+        """Captions that are longer than the text length, once each."""
+        cut, self.cut = self.cut, []
+        return cut
+
     def flops(self, layout: PackLayout) -> float:
         """Three forwards (one and its backward) of 24 n d^2 + 4 d sum(n_i^2) per layer."""
         d, layers = self.model.config.hidden, self.model.config.layers
@@ -127,10 +135,7 @@ class VideoTask:
             return stored
         if self.frozen.vae is None:
             raise ValueError(f"sample {samples[0].key} holds no latents and the configuration has no frozen.vae to make them")
-        weight = next(self.frozen.vae.parameters())
-        # [B, T, H, W, 3] in 0..255 -> [B, 3, T, H, W] in [-1, 1]
-        pixels = torch.stack([sample.pixels for sample in samples if sample.pixels is not None]).to(weight.device)
-        video = pixels.permute(0, 4, 1, 2, 3).to(weight.dtype) / 127.5 - 1
+        video = to_video(samples, next(self.frozen.vae.parameters()))
         together = self.frozen.vae.encode(video, semantics=self.frozen.vae_semantics)
         return [Posterior(mean, logvar) for mean, logvar in zip(together.mean.split(1), together.logvar.split(1))]
 
@@ -150,6 +155,12 @@ class VideoTask:
             return torch.stack(stored).clone()
         if self.frozen.text is None:
             raise ValueError("the samples hold no text features and the configuration has no frozen.text to make them")
+        for sample in samples:
+            if sample.key not in self.measured:
+                self.measured.add(sample.key)
+                tokens = self.frozen.text.token_count(sample.caption)
+                if tokens > self.frozen.text.length:
+                    self.cut.append(Defect(sample.key, sample.source, cut_reason(tokens, self.frozen.text.length)))
         return self.frozen.text.encode([sample.caption for sample in samples]).clone()
 
     def _squared_errors(
@@ -184,3 +195,8 @@ class VideoTask:
         return {
             f"loss/quartile{q + 1}": (means[quartile == q].sum(), (quartile == q).sum()) for q in range(4)
         }
+
+
+def cut_reason(tokens: int, length: int) -> str:
+    """What is noted of a caption that does not fit."""
+    return f"caption of {tokens} tokens is cut to {length}"

@@ -1,0 +1,122 @@
+"""How times, saved activations and attention calls are measured, alike for ours and for a peer."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+WARM_UPS = 2
+
+
+def interleaved(
+    sides: Mapping[str, Callable[[], object]], *, repeats: int, warm_ups: int = WARM_UPS
+) -> dict[str, list[float]]:
+    """Seconds of every side in every round. A round runs each side once, in an order that turns, so that what slows the
+    machine for a while slows all sides."""
+    names, times = list(sides), {name: list[float]() for name in sides}
+    for index in tqdm(range(warm_ups + repeats), desc="rounds", leave=False):
+        turn = index % len(names)
+        for name in names[turn:] + names[:turn]:
+            start = time.perf_counter()
+            sides[name]()
+            if index >= warm_ups:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def times_faster(ours: list[float], peer: list[float]) -> float:
+    """The median over rounds of peer / ours: both sides of a ratio saw the same machine."""
+    return statistics.median(theirs / mine for mine, theirs in zip(ours, peer))
+
+
+def saved_bytes(forward: Callable[[], Tensor], *, parameters: Iterator[nn.Parameter]) -> int:
+    """Bytes that autograd keeps between forward and backward: the storages of all saved tensors, each counted once and
+    whole, without those of parameters. What a checkpoint saves inside itself during its backward is not among them."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    seen: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage  # held, so that no later storage takes its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for pointer, storage in seen.items() if pointer not in own)
+
+
+class AttentionCalls(TorchDispatchMode):
+    """Counts forward calls of fused attention kernels, those of the backward pass too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.__name__
+        self.count += "_attention" in name and "backward" not in name
+        return func(*args, **(kwargs or {}))
+
+
+def attention_calls(step: Callable[[], object]) -> int:
+    with AttentionCalls() as calls:
+        step()
+    return calls.count
+
+
+def worst_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[str, float]:
+    """The tensor that differs most, and by how much: max |a - b| / max |b|.
+
+    A gradient that is zero in exact arithmetic is held to the rounding of the others: the divisor is at least a millionth
+    of the largest element of all.
+    """
+    floor = 1e-6 * max(tensor.abs().max().item() for tensor in expected.values())
+    errors = {
+        name: (found[name] - tensor).abs().max().item() / max(tensor.abs().max().item(), floor)
+        for name, tensor in expected.items()
+    }
+    return max(errors.items(), key=lambda item: item[1])
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    """Median time of ``run``: Triton's do_bench on a GPU, three plain runs on a CPU."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(run, warmup=25, rep=100, return_mode="median")
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
+    """Bytes allocated at most inside the block, above those before it, as ``["bytes"]``; 0 on a CPU."""
+    found = {"bytes": 0}
+    if device.type != "cuda":
+        yield found
+        return
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield found
+    torch.cuda.synchronize(device)
+    found["bytes"] = torch.cuda.max_memory_allocated(device) - before

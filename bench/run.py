@@ -1,0 +1,56 @@
+"""make bench: the transformer and the VAE against diffusers on the CPU, in one table.
+
+    python bench/run.py [--only dit vae] [--out docs/benchmarks]        # under 4 minutes on two quiet cores
+
+Writes cpu.json (everything measured) and cpu.md (the table, the machine and the versions).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import dit, vae
+from bench.record import FOLDER, QUIET_LOAD, ROOT, Report, environment, table, write
+
+BENCHMARKS = {"dit": dit.rows, "vae": vae.rows}
+
+
+def measure(name: str) -> Any:
+    """The benchmark's figures, taken in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"bench.{name}"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="these alone")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of cpu.json and cpu.md (docs/benchmarks)")
+    args = parser.parse_args()
+    machine, notes, raw, rows = environment(), [], {}, []
+    if machine["load_before"] > QUIET_LOAD:
+        notes.append(
+            f"the machine was busy before the start (load {machine['load_before']} > {QUIET_LOAD}): the times say little, "
+            "the ratios less than usual; repeat on an idle machine"
+        )
+    for index, name in enumerate(args.only, start=1):
+        print(f"[{index}/{len(args.only)}] {name} ...", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        raw[name] = measure(name)
+        rows += BENCHMARKS[name](raw[name])
+        print(f"[{index}/{len(args.only)}] {name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    print(table(rows), *(f"\n{note}" for note in notes))
+    write(Report("CPU benchmarks: ours against diffusers", machine, rows, notes, raw), args.out, "cpu")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The rules of the house, read off the sources: who imports whom, how long things are, and what runs with torch alone."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "cogvideo_dist"
+SOURCES = sorted(path for folder in (PACKAGE, "launch", "data_tools", "bench") for path in (ROOT / folder).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+MAY_IMPORT = {
+    "rng": set(),
+    "protocols": {"config", "pack"},
+    "config": {"models.presets"},  # the table of released sizes, plain numbers without torch
+    "parallel": {"rng"},
+    "pack": {"parallel", "rng"},
+    "models": {"pack", "parallel", "rng", "config", "protocols"},
+    "diffusion": {"rng"},
+    "data": {"pack", "config", "rng", "protocols"},
+    "evaluation": {"config", "rng"},
+    "tasks": {"rng", "protocols", "config", "parallel", "pack", "models", "diffusion", "data", "evaluation"},
+    "engine": {"rng", "protocols", "config", "parallel", "evaluation"},
+    "convert": {"rng", "config", "models", "diffusion"},
+}
+"""Package -> what else of ours it may import, itself aside. ``launch`` composes everything."""
+
+BELONGS = {
+    "torch.distributed": ("cogvideo_dist/parallel/",),
+    "deepspeed": ("cogvideo_dist/engine/",),
+    "diffusers": ("launch/demo.py", "bench/"),  # the demo compares with it, benchmarks are against it
+}
+"""Module -> the only places that import it."""
+
+POSITIONAL = {
+    "Block.forward": "a layer's input, condition, positions and place, in the order of the transformer's call",
+    "Embedding.forward": "vision, text and their place",
+    "Head.forward": "a layer's input, condition and place",
+    "Initial.draw": "",
+    "DiT.denoise": "the call of a public pipeline: latents, text and timestep, then the conditions of other variants",
+}
+"""Functions with more than two positional parameters, and why."""
+
+LINES_OF_FILE, LINES_OF_FUNCTION, PARAMETERS, IN_PLACE = 500, 60, 7, 2
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """(module or module.name, line) of every import, also those inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions(tree: ast.AST, owner: str = "", bases: tuple[str, ...] = ()) -> Iterator[tuple[str, Function, tuple[str, ...]]]:
+    """(qualified name, definition, names of the class's bases)."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef):
+            yield from functions(node, f"{node.name}.", tuple(ast.unparse(base) for base in node.bases))
+        elif isinstance(node, Function):
+            yield f"{owner}{node.name}", node, bases
+            yield from functions(node, f"{owner}{node.name}.")
+        else:
+            yield from functions(node, owner, bases)
+
+
+def test_no_import_points_upward() -> None:
+    wrong = []
+    for path in (ROOT / PACKAGE).rglob("*.py"):
+        own = path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for module, line in imports(parsed(path)):
+            if within(module, "launch") or within(module, "data_tools") or within(module, "tests"):
+                wrong.append(f"{name_of(path)}:{line}: {module}")
+            if within(module, PACKAGE):
+                inner = module.removeprefix(f"{PACKAGE}.")
+                if not any(within(inner, allowed) for allowed in MAY_IMPORT[own] | {own}):
+                    wrong.append(f"{name_of(path)}:{line}: {own} imports {inner}")
+    assert not wrong
+
+
+def test_each_foreign_machine_has_one_door() -> None:
+    wrong = [
+        f"{name_of(path)}:{line}: {module}"
+        for path in SOURCES
+        for module, line in imports(parsed(path))
+        for machine, places in BELONGS.items()
+        if within(module, machine) and not name_of(path).startswith(places)
+    ]
+    assert not wrong
+
+
+def test_torch_distributed_is_not_reached_through_torch() -> None:
+    wrong = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in SOURCES
+        if not name_of(path).startswith(BELONGS["torch.distributed"])
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed"
+    ]
+    assert not wrong
+
+
+def test_the_environment_is_read_in_launch_alone() -> None:
+    wrong = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in SOURCES
+        if not name_of(path).startswith(("launch/", "bench/"))  # benchmarks start processes with threads of their own
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "putenv")
+    ]
+    assert not wrong
+
+
+def test_no_global_no_pickle_no_bare_except_no_print_in_the_library() -> None:
+    wrong = []
+    for path in SOURCES:
+        for node in ast.walk(parsed(path)):
+            named = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            library = name_of(path).startswith(PACKAGE)
+            if (
+                isinstance(node, ast.Global)
+                or (isinstance(node, ast.ExceptHandler) and node.type is None)
+                or named in ("torch.save", "torch.load", "pickle.load", "pickle.loads", "torch.manual_seed", "eval", "exec")
+                and name_of(path) != "data_tools/make_demo_text.py"  # transformers draws from the global generator
+                and not name_of(path).startswith("bench/")
+                or (library and named == "print")
+                or (library and isinstance(node, ast.Assert))
+            ):
+                wrong.append(f"{name_of(path)}:{node.lineno}: {ast.unparse(node).splitlines()[0]}")
+    assert not wrong
+
+
+def test_files_and_functions_are_short() -> None:
+    wrong = []
+    for path in SOURCES + TESTS:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > LINES_OF_FILE:
+            wrong.append(f"{name_of(path)}: {lines} lines")
+        for name, node, _ in functions(parsed(path)):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > LINES_OF_FUNCTION:
+                wrong.append(f"{name_of(path)}:{node.lineno}: {name} has {length} lines")
+    assert not wrong
+
+
+def test_functions_take_few_parameters_and_name_them() -> None:
+    wrong = []
+    for path in SOURCES:
+        for name, node, bases in functions(parsed(path)):
+            if any(base.endswith("Function") for base in bases) and node.name in ("forward", "backward"):
+                continue  # autograd hands its arguments over by place
+            place = [arg.arg for arg in node.args.posonlyargs + node.args.args if arg.arg not in ("self", "cls")]
+            count = len(place) + len(node.args.kwonlyargs)
+            if count > PARAMETERS:
+                wrong.append(f"{name_of(path)}:{node.lineno}: {name} takes {count} parameters")
+            if len(place) > IN_PLACE and name not in POSITIONAL:
+                wrong.append(f"{name_of(path)}:{node.lineno}: {name} takes {len(place)} parameters by place")
+    assert not wrong
+
+
+def test_everything_is_annotated_and_nothing_is_left_to_do() -> None:
+    wrong = []
+    for path in SOURCES + TESTS:
+        tree = parsed(path)
+        if tree.body and "annotations" not in {module.split(".")[-1] for module, _ in imports(tree)}:
+            wrong.append(f"{name_of(path)}: lacks from __future__ import annotations")
+        for name, node, _ in functions(tree):
+            unnamed = [arg.arg for arg in node.args.args + node.args.kwonlyargs if arg.annotation is None]
+            if node.returns is None or set(unnamed) - {"self", "cls", "ctx"}:
+                wrong.append(f"{name_of(path)}:{node.lineno}: {name} is not annotated")
+        for mark in ("TO" + "DO", "FIX" + "ME", "XX" + "X"):
+            if mark in path.read_text(encoding="utf-8"):
+                wrong.append(f"{name_of(path)}: {mark}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("modules", ["cogvideo_dist.models.dit, cogvideo_dist.models.vae, cogvideo_dist.models.presets, "
+                                     "cogvideo_dist.models.init, cogvideo_dist.models.text, cogvideo_dist.diffusion.samplers"])  # fmt: skip
+def test_models_and_samplers_need_torch_alone(modules: str) -> None:
+    blocked = ("deepspeed", "webdataset", "transformers", "lpips", "diffusers", "pydantic", "av", "PIL", "yaml", "tqdm",
+               "safetensors", "sentencepiece", "tensorboard", "skimage", "torchvision")  # fmt: skip
+    program = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import {modules}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
