@@ -24,7 +24,9 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.13",
-    packages=find_packages(include=["cogvideo_dist", "cogvideo_dist.*", "launch", "launch.*", "data_tools", "data_tools.*"]),
+    packages=find_packages(
+        include=["cogvideo_dist", "cogvideo_dist.*", "launch", "launch.*", "data_tools", "data_tools.*"]
+    ),
     install_requires=["torch>=2.11", "numpy", "safetensors>=0.5", "pyyaml>=6", "pydantic>=2.9", "tqdm>=4.66"],
     extras_require={**EXTRAS, "all": sorted({item for items in EXTRAS.values() for item in items})},
 )

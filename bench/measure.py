@@ -6,14 +6,30 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 
 WARM_UPS = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a GPU measurement runs. ``toy`` takes the same path at a size that a CPU does at once, to try the code."""
+
+    device: torch.device
+    toy: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bfloat16, but float32 on a CPU, whose products of 16 bits are hundreds of times slower."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
 
 
 def interleaved(
@@ -21,6 +37,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of every side in every round. A round runs each side once, in an order that turns, so that what slows the
     machine for a while slows all sides."""
+    from tqdm import tqdm  # not needed by the GPU benchmark, which is to run with torch alone
+
     names, times = list(sides), {name: list[float]() for name in sides}
     for index in tqdm(range(warm_ups + repeats), desc="rounds", leave=False):
         turn = index % len(names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,13 @@ def diffusers_installed() -> bool:
 def set_recompute(model: DiT, level: Recompute) -> None:
     for part in (model, *model.blocks):
         part.recompute = level
+
+
+def set_checkpointing(theirs: Any, on: bool) -> None:
+    if on:
+        theirs.enable_gradient_checkpointing()
+    else:
+        theirs.disable_gradient_checkpointing()
 
 
 def parameters_of(model: DiT) -> dict[str, Tensor]:

@@ -52,18 +52,15 @@ class Row:
         return asdict(self) | {"goal": self.goal, "met": self.met}
 
 
-def faster(
-    id: str, what: str, *, ours: float, peer: float | None, unit: str = "s", at_least: float | None = None
-) -> Row:
-    """A time: the ratio says how many times faster than the peer; without a peer there is no goal to judge."""
+def faster(id: str, what: str, *, ours: float, peer: float | None, at_least: float | None = None) -> Row:
+    """Seconds: the ratio says how many times faster than the peer; without a peer there is no goal to judge."""
     ratio = None if peer is None else peer / ours
-    return Row(id, what, unit, ours, peer, ratio, at_least=None if peer is None else at_least)
+    return Row(id, what, "s", ours, peer, ratio, at_least=None if peer is None else at_least)
 
 
 def smaller(id: str, what: str, *, ours: float, peer: float | None, unit: str, at_most: float | None = None) -> Row:
-    """A size or an error: the ratio is ours / the peer's."""
-    ratio = None if peer is None else ours / peer
-    return Row(id, what, unit, ours, peer, ratio, at_most=None if peer is None else at_most)
+    """A size or an error: the ratio is ours / the peer's; without a peer, or with one of 0, there is none to judge."""
+    return Row(id, what, unit, ours, peer, ours / peer, at_most=at_most) if peer else Row(id, what, unit, ours, peer)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -2,13 +2,13 @@
 
     python -m bench.vae [--size 2 17 48 64]        # about 40 s on one core
 
-Both sides run in diffusers' chunked semantics with the same weights and input, float32, without gradients. Time is the median of
-interleaved runs in one process. Peak memory is measured for each side in a fresh process as the kernel's high-water mark of
-resident memory (VmHWM, reset after a warm-up on a small clip), less what was resident just before; unlike a count of live tensors
-it includes the scratch buffers of convolutions. Needs Linux.
+Both sides run in diffusers' chunked semantics with the same weights and input, float32, without gradients. Time is the
+median of interleaved runs in one process. Peak memory is measured for each side in a fresh process as the kernel's
+high-water mark of resident memory (VmHWM, reset after a warm-up on a small clip), less what was resident just before;
+unlike a count of live tensors it includes the scratch buffers of convolutions. Needs Linux.
 
-The batch is 2 because torch gives a small convolution of a single float32 sample to a slow routine on the CPU, on both sides
-alike, which then takes up to 85 % of the time and shows nothing of either model.
+The batch is 2 because torch gives a small convolution of a single float32 sample to a slow routine on the CPU, on both
+sides alike, which then takes up to 85 % of the time and shows nothing of either model.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def load_frozen(config: DiTRun, *, device: torch.device, records: list[Record], 
     vae = text = None
     if needed and config.frozen.vae and config.frozen.text:
         vae = load_vae(config.frozen.vae, device)
-        text = load_text(config.frozen.text, model, device)
+        text = load_text(config.frozen.text, model, device=device)
     scale = vae.config.scaling_factor if vae else LATENT_SCALE.get(config.model.preset.removeprefix("tiny-"), 1.0)
     if config.data.source == "latents":
         scale = check_latents(config, records, vae=vae)
@@ -91,7 +91,7 @@ def load_vae(folder: str, device: torch.device) -> VAE:
     return hf.load_vae(folder).float().to(device).requires_grad_(False).eval()
 
 
-def load_text(folder: str, model: DiTConfig, device: torch.device) -> TextEncoder:
+def load_text(folder: str, model: DiTConfig, *, device: torch.device) -> TextEncoder:
     """The frozen text encoder, of the width that the transformer takes."""
     text = TextEncoder.load(folder, length=model.text_length, device=device)
     if text.dim != model.text_dim:

@@ -54,19 +54,19 @@ def main() -> None:
         raise ConfigError(f"{source}: no such folder")
     dtype = DTYPES[options.dtype] if options.dtype else None
     if options.format == "native":
-        write_native(read_public(source), out, dtype)
+        write_native(read_public(source), out, dtype=dtype)
     elif is_vae_run(source) if (source / "config.yaml").exists() else False:
         hf.save_vae(trained_vae(source, options.weights)[0], out, dtype=dtype)
     elif options.part == "transformer":
         config = load_config(DiTRun, [source / "config.yaml"])
-        hf.save_transformer(trained_transformer(source, config, options.weights)[0], out, dtype=dtype)
+        hf.save_transformer(trained_transformer(source, config, weights=options.weights)[0], out, dtype=dtype)
     else:
-        write_pipeline(options, out, dtype)
+        write_pipeline(options, out, dtype=dtype)
     print(out)
 
 
-def write_pipeline(options: argparse.Namespace, out: Path, dtype: torch.dtype | None) -> None:
-    pipeline = open_pipeline(options.source, options.weights, torch.device("cpu"))
+def write_pipeline(options: argparse.Namespace, out: Path, *, dtype: torch.dtype | None) -> None:
+    pipeline = open_pipeline(options.source, options.weights, device=torch.device("cpu"))
     config = load_config(DiTRun, [Path(options.source) / "config.yaml"])
     hf.save_pipeline(
         out, transformer=pipeline.sampler.model, vae=pipeline.sampler.vae, schedule=pipeline.sampler.schedule.config,
@@ -83,7 +83,7 @@ def read_public(source: Path) -> DiT | VAE:
     raise ConfigError(f"{source / 'config.json'} describes a {name}; expected a CogVideoX transformer or autoencoder")
 
 
-def write_native(model: DiT | VAE, out: Path, dtype: torch.dtype | None) -> None:
+def write_native(model: DiT | VAE, out: Path, *, dtype: torch.dtype | None) -> None:
     """``weights.safetensors`` under our names and ``model.json`` with our configuration."""
     out.mkdir(parents=True, exist_ok=True)
     state = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}

@@ -22,7 +22,11 @@ RANKS = "2"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description="The whole way on a small scale: clips, shards, autoencoder, transformer, sample, release.",
+        epilog="example:\n  python launch/demo.py --out runs/demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", default="runs/demo", help="folder of everything that the demo makes")
     out = Path(parser.parse_args().out)
     begun = time.monotonic()
@@ -31,18 +35,18 @@ def main() -> None:
     prepare(out)
     vae, dit = out / "vae", out / "dit"
     stage("train a tiny autoencoder on 2 ranks with ZeRO-2")
-    train("train_vae", "configs/demo/vae.yaml", [f"run.dir={vae}", *paths])
+    train("train_vae", "configs/demo/vae.yaml", overrides=[f"run.dir={vae}", *paths])
     python("launch/convert.py", "diffusers", vae, out / "vae-export")
     stage("train a tiny transformer on 2 ranks with ZeRO-2")
     encoders = [f"frozen.vae={out / 'vae-export'}", f"frozen.text={out / 'text'}"]
-    train("train_dit", "configs/demo/dit.yaml", [f"run.dir={dit}", *paths, *encoders])
+    train("train_dit", "configs/demo/dit.yaml", overrides=[f"run.dir={dit}", *paths, *encoders])
     stage("sample a prompt")
     prompt = first_caption(out)
     python("launch/sample.py", "--checkpoint", dit, "--prompt", prompt, "--out", out / "sample")
     stage("export to diffusers, reload with CogVideoXPipeline and compare")
     python("launch/convert.py", "diffusers", dit, out / "pipeline")
-    difference = compare(dit, out / "pipeline", prompt)
-    report(out, difference, time.monotonic() - begun)
+    difference = compare(dit, out / "pipeline", prompt=prompt)
+    report(out, difference=difference, seconds=time.monotonic() - begun)
 
 
 def prepare(out: Path) -> None:
@@ -64,7 +68,7 @@ def python(script: str, *arguments: str | Path) -> None:
     run([sys.executable, str(ROOT / script), *map(str, arguments)])
 
 
-def train(script: str, config: str, overrides: list[str]) -> None:
+def train(script: str, config: str, *, overrides: list[str]) -> None:
     launcher = str(Path(sys.executable).parent / "deepspeed")
     run([launcher, "--num_gpus", RANKS, "--master_port", free_port(), str(ROOT / "launch" / f"{script}.py"), "--config",
          str(ROOT / config), *overrides])  # fmt: skip
@@ -90,12 +94,12 @@ def first_caption(out: Path) -> str:
     return sorted((out / "clips" / "labels").glob("*.txt"))[0].read_text(encoding="utf-8").strip()
 
 
-def compare(run_folder: Path, pipeline_folder: Path, prompt: str) -> float:
+def compare(run_folder: Path, pipeline_folder: Path, *, prompt: str) -> float:
     """Largest difference, in 0..1 of brightness, between our video and the public pipeline's from the same noise."""
     from diffusers import CogVideoXPipeline
 
     torch.set_grad_enabled(False)
-    ours = open_pipeline(str(run_folder), "ema", torch.device("cpu"))
+    ours = open_pipeline(str(run_folder), "ema", device=torch.device("cpu"))
     settings = Sampling(steps=20, sampler="ddim", guidance=3.0, guidance_kind="constant", size=(17, 96, 96), fps=8)
     text = ours.text.encode([prompt])[0]
     noise = ours.sampler.initial_noise(settings, seed=0)
@@ -114,7 +118,7 @@ def compare(run_folder: Path, pipeline_folder: Path, prompt: str) -> float:
     return float((mine - theirs).abs().max())
 
 
-def report(out: Path, difference: float, seconds: float) -> None:
+def report(out: Path, *, difference: float, seconds: float) -> None:
     entries = [json.loads(line) for line in (out / "dit" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [entry["loss"] for entry in entries if "loss" in entry]
     held_out = [entry["held_out/loss"] for entry in entries if "held_out/loss" in entry]

@@ -30,13 +30,13 @@ def main() -> None:
     )
     parser.add_argument("--out", required=True, help="folder of the new shard set; it must not exist")
     options = parser.parse_args()
-    files, overrides = split_config(options.config)
-    config = load_config(DiTRun, files, overrides)
+    config = load_config(DiTRun, **split_config(options.config))
     if config.data.source != "pixels":
         raise ConfigError("data.source must be pixels, which are what this command encodes")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoders = Encoders(
-        load_vae(config.frozen.vae or "", device), load_text(config.frozen.text or "", config.model.transformer(), device)
+        load_vae(config.frozen.vae or "", device),
+        load_text(config.frozen.text or "", config.model.transformer(), device=device),
     )
     written = write_shards(options.out, entries(config, encoders))
     print(f"{written.samples} samples encoded into {options.out}, {written.rejected} could not be used")
@@ -65,7 +65,7 @@ def entries(config: DiTRun, encoders: Encoders) -> Iterator[tuple[str, Mapping[s
             continue
         try:
             slot = Slot(0, index, size)
-            sample = read_sample(reader, record, slot, seed=config.run.seed, fps=config.data.fps, crop="center")
+            sample = read_sample(reader, record, slot=slot, seed=config.run.seed, fps=config.data.fps, crop="center")
         except DataError as error:
             yield Defect(error.key, error.source, error.reason)
             continue

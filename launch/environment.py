@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -72,10 +73,15 @@ def config_parser(description: str, example: str) -> argparse.ArgumentParser:
     return parser
 
 
-def split_config(items: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(files, overrides): whatever has a ``=`` and is no existing file is an override."""
+class ConfigItems(TypedDict):
+    files: list[str]
+    overrides: list[str]
+
+
+def split_config(items: Sequence[str]) -> ConfigItems:
+    """Whatever has a ``=`` and is no existing file is an override."""
     overrides = [item for item in items if "=" in item and not Path(item).is_file()]
-    return [item for item in items if item not in overrides], overrides
+    return {"files": [item for item in items if item not in overrides], "overrides": overrides}
 
 
 def run_command(name: str, main: Callable[[], None]) -> None:

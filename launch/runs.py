@@ -33,13 +33,13 @@ class Pipeline:
     step: int | None = None
 
 
-def open_pipeline(folder: str, weights: Weights, device: torch.device) -> Pipeline:
+def open_pipeline(folder: str, weights: Weights, *, device: torch.device) -> Pipeline:
     """A run's folder (newest whole checkpoint) or a diffusers pipeline folder."""
     path = Path(folder)
     if (path / "model_index.json").exists():
         return _released(path, device)
     if (path / "config.yaml").exists():
-        return _trained(path, weights, device)
+        return _trained(path, weights, device=device)
     raise ConfigError(f"{folder} is neither a run (it has no config.yaml) nor a diffusers pipeline (no model_index.json)")
 
 
@@ -49,34 +49,34 @@ def _released(path: Path, device: torch.device) -> Pipeline:
     model = hf.load_transformer(path / "transformer").to(device).eval()
     vae = load_vae(str(path / "vae"), device)
     schedule = Schedule(schedule_from_diffusers(hf.read_json(path / "scheduler" / "scheduler_config.json")))
-    text = load_text(str(path), model.config, device)
+    text = load_text(str(path), model.config, device=device)
     return Pipeline(Sampler(model, vae, schedule, vae.config.scaling_factor, "chunked"), text, path)
 
 
-def _trained(path: Path, weights: Weights, device: torch.device) -> Pipeline:
+def _trained(path: Path, weights: Weights, *, device: torch.device) -> Pipeline:
     config = load_config(DiTRun, [path / "config.yaml"])
     if not (config.frozen.vae and config.frozen.text):
         raise ConfigError(f"{path / 'config.yaml'} names no frozen.vae and frozen.text, which sampling needs")
-    model, step = trained_transformer(path, config, weights)
+    model, step = trained_transformer(path, config, weights=weights)
     vae = load_vae(config.frozen.vae, device)
-    text = load_text(config.frozen.text, model.config, device)
+    text = load_text(config.frozen.text, model.config, device=device)
     schedule = Schedule(ScheduleConfig(snr_shift=config.diffusion.snr_shift))
     sampler = Sampler(model.to(device).eval(), vae, schedule, vae.config.scaling_factor, config.frozen.vae_semantics)
     return Pipeline(sampler, text, Path(config.frozen.text), step)
 
 
-def trained_transformer(path: Path, config: DiTRun, weights: Weights) -> tuple[DiT, int]:
+def trained_transformer(path: Path, config: DiTRun, *, weights: Weights) -> tuple[DiT, int]:
     """The transformer of the newest whole checkpoint, and its step."""
     model = build_transformer(config)
-    return model, _fill(model, path, weights)
+    return model, _fill(model, path, weights=weights)
 
 
 def trained_vae(path: Path, weights: Weights) -> tuple[VAE, int]:
     model = build_vae(load_config(VAERun, [path / "config.yaml"]))
-    return model, _fill(model, path, weights)
+    return model, _fill(model, path, weights=weights)
 
 
-def _fill(model: torch.nn.Module, path: Path, weights: Weights) -> int:
+def _fill(model: torch.nn.Module, path: Path, *, weights: Weights) -> int:
     checkpoint, _ = newest(path / "ckpt")
     if checkpoint is None:
         raise ConfigError(f"{path} has no checkpoint yet")

@@ -45,7 +45,7 @@ def main() -> None:
     options = arguments()
     prompts = read_prompts(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = open_pipeline(options.checkpoint, options.weights, device)
+    pipeline = open_pipeline(options.checkpoint, options.weights, device=device)
     settings = sampling_settings(options, pipeline)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)

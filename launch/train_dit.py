@@ -19,13 +19,13 @@ def main() -> None:
         "checkpoint.",
         "deepspeed --num_gpus 2 launch/train_dit.py --config configs/demo/dit.yaml train.steps=20",
     )
-    files, overrides = split_config(parser.parse_args().config)
-    config = load_config(DiTRun, files, overrides)
-    train(config, *join(read_place()))
+    config = load_config(DiTRun, **split_config(parser.parse_args().config))
+    mesh, device = join(read_place())
+    train(config, mesh, device=device)
     stop()
 
 
-def train(config: DiTRun, mesh: ParallelMesh, device: torch.device) -> None:
+def train(config: DiTRun, mesh: ParallelMesh, *, device: torch.device) -> None:
     """The whole run, on this rank of ``mesh``."""
     data = RankData(config.data, seed=config.run.seed, geometry=transformer_geometry(config.model.transformer()), mesh=mesh)
     frozen = load_frozen(config, device=device, records=data.records, pictures=config.validation.samples_every > 0)

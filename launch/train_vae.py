@@ -16,8 +16,7 @@ def main() -> None:
         "Train the 3D causal autoencoder on whole clips. Started again, it goes on from its last checkpoint.",
         "deepspeed --num_gpus 2 launch/train_vae.py --config configs/demo/vae.yaml",
     )
-    files, overrides = split_config(parser.parse_args().config)
-    config = load_config(VAERun, files, overrides)
+    config = load_config(VAERun, **split_config(parser.parse_args().config))
     if config.data.source != "pixels":
         raise ConfigError("data.source must be pixels to train the autoencoder")
     mesh, _ = join(read_place())

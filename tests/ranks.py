@@ -36,7 +36,9 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout_s: f
     with tempfile.TemporaryDirectory() as folder:
         address = f"127.0.0.1:{free_port()}"
         ranks = [
-            _context.Process(target=_rank, args=(function, Place(rank, world, rank, address), folder, args), daemon=True)
+            _context.Process(
+                target=_rank, args=(function, Place(rank, world, rank, address), folder, args), daemon=True
+            )
             for rank in range(world)
         ]
         for process in ranks:
@@ -57,7 +59,9 @@ def _wait(ranks: list[Any], folder: Path, timeout_s: float) -> None:
         if failures:
             raise AssertionError(f"rank {failures[0].stem} failed first:\n{failures[0].read_text()}")
         if time.monotonic() > end:
-            raise AssertionError(f"ranks {[i for i, p in enumerate(ranks) if p.is_alive()]} did not end in {timeout_s} s")
+            raise AssertionError(
+                f"ranks {[i for i, p in enumerate(ranks) if p.is_alive()]} did not end in {timeout_s} s"
+            )
         time.sleep(0.01)
     for rank, process in enumerate(ranks):
         if process.exitcode:

@@ -26,7 +26,7 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message names file, key, what was found and what is allowed."""
 
 
-def load_config(kind: type[Config], files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+def load_config(kind: type[Config], files: Sequence[str | Path], *, overrides: Sequence[str] = ()) -> Config:
     """Merge ``files`` (later ones win, key by key) and ``overrides`` into a ``kind``.
 
     Strict: an unknown or repeated key, a wrong type and an impossible value raise ``ConfigError``.
@@ -124,8 +124,9 @@ def _parse_override(override: str, places: Places) -> dict[str, Any]:
     if not equals or not all(path.split(".")):
         raise ConfigError(f"override {override!r}: expected key.path=value, for example train.steps=20")
     source = f"override {override!r}"
-    value = _parse(f"value: {text}", source, {})["value"]
-    places[path] = source
+    inner: Places = {}
+    value = _parse(f"value: {text}", source, inner)["value"]
+    places.update({path + key.removeprefix("value"): source for key in inner})
     for key in reversed(path.split(".")):
         value = {key: value}
     return value

@@ -156,7 +156,7 @@ class Train:
 
     def __post_init__(self) -> None:
         positive("train", steps=self.steps, eps=self.eps, clip_norm=self.clip_norm)
-        share("train", beta1=self.betas[0], beta2=self.betas[1], ema_decay=self.ema_decay)
+        share("train", **{"betas.0": self.betas[0], "betas.1": self.betas[1], "ema_decay": self.ema_decay})
         if self.learning_rate < 0 or self.weight_decay < 0 or self.warmup_steps < 0:
             raise ValueError("train.learning_rate, weight_decay and warmup_steps must be >= 0")
         if not 0 <= self.final_ratio <= 1:
@@ -300,3 +300,10 @@ class VAERun:
     loss: VAELoss = field(default_factory=VAELoss)
     log: Log = field(default_factory=Log)
     validation: Validation = field(default_factory=Validation)
+
+    def __post_init__(self) -> None:
+        if self.train.zero_stage == 3:
+            raise ValueError(
+                "train.zero_stage must be 0, 1 or 2 for the autoencoder: ranks run it once per size of clip, and stage 3 waits for "
+                "all of them in every forward"
+            )

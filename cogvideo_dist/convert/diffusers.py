@@ -135,7 +135,9 @@ def _filled(model: nn.Module, folder: Path, rows: list[Row]) -> Any:
     return model
 
 
-def _save(model: nn.Module, folder: Path, *, rows: list[Row], fields: Mapping[str, Any], dtype: torch.dtype | None) -> None:
+def _save(
+    model: nn.Module, folder: Path, *, rows: list[Row], fields: Mapping[str, Any], dtype: torch.dtype | None
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", fields)
     state = {name: p.detach().to("cpu", dtype) for name, p in model.named_parameters()}

@@ -74,7 +74,9 @@ def dit_config_from_diffusers(fields: dict[str, Any], source: str) -> DiTConfig:
         if full[name] != value and not harmless:
             raise ValueError(f"{source}: {name} is {full[name]!r}; only {value!r} is supported")
     if full["ofs_embed_dim"] not in (None, full["time_embed_dim"]):
-        raise ValueError(f"{source}: ofs_embed_dim {full['ofs_embed_dim']} cannot be added to time_embed_dim {full['time_embed_dim']}")
+        raise ValueError(
+            f"{source}: ofs_embed_dim {full['ofs_embed_dim']} cannot be added to time_embed_dim {full['time_embed_dim']}"
+        )
     frames = full["sample_frames"]
     return DiTConfig(
         layers=full["num_layers"],

@@ -26,7 +26,7 @@ TIMEOUT = 120
 Read = tuple[tuple[Sample, ...], tuple[Defect, ...]]
 
 
-def read_sample(reader: ShardReader, record: Record, slot: Slot, *, seed: int, fps: float, crop: Crop) -> Sample:
+def read_sample(reader: ShardReader, record: Record, *, slot: Slot, seed: int, fps: float, crop: Crop) -> Sample:
     """One clip at the slot's size; raises ``DataError`` if its bytes do not hold that.
 
     Start and crop are drawn from (seed, slot's epoch and index), so a substitute is cut as the clip would have been.
@@ -81,7 +81,7 @@ class _Packs(Dataset[Read]):
         for index in (slot.index, *self.plan.substitutes(slot)):
             record = self.plan.records[index]
             try:
-                sample = read_sample(self.reader, record, slot, seed=self.plan.seed, fps=self.data.fps, crop=crop)
+                sample = read_sample(self.reader, record, slot=slot, seed=self.plan.seed, fps=self.data.fps, crop=crop)
             except DataError as error:
                 failed.append(error)
             else:

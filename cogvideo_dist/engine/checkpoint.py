@@ -39,7 +39,7 @@ class Saved:
     scaler: Mapping[str, float]
 
 
-def save(folder: Path, state: FullState, saved: Saved, *, keep: int) -> Path:
+def save(folder: Path, state: FullState, *, saved: Saved, keep: int) -> Path:
     """Write ``folder/step-N`` (one process alone) and delete all but the newest ``keep`` checkpoints."""
     final = folder / f"{PREFIX}{saved.step:06d}"
     aside = folder / f"{ASIDE}{final.name}"
@@ -123,6 +123,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} cannot be read: {error or type(error).__name__}") from None
     if version != FORMAT:
         raise CheckpointError(f"{file} has format {version}; this version of cogvideo_dist reads format {FORMAT}")
+    missing = [key for key in ("step", "seed", "about", "scaler", "files") if key not in manifest]
+    if missing:
+        raise CheckpointError(f"{file} lacks {', '.join(missing)}")
     return manifest
 
 

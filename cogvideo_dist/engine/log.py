@@ -29,7 +29,7 @@ class Meter:
     def __init__(self) -> None:
         self.sums: dict[str, list[Tensor | float]] = {}
 
-    def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
+    def add(self, name: str, value: Tensor | float, *, weight: Tensor | float = 0.0) -> None:
         pair = [item.detach().double() if isinstance(item, Tensor) else float(item) for item in (value, weight)]
         held = self.sums.get(name, [0.0, 0.0])
         self.sums[name] = [held[0] + pair[0], held[1] + pair[1]]

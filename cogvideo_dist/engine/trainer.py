@@ -15,7 +15,7 @@ from cogvideo_dist.config.schema import Checkpoint, Log, Run, Train, Validation
 from cogvideo_dist.engine.checkpoint import CheckpointError, Saved, check_about, checkpoints, load, newest, save
 from cogvideo_dist.engine.flops import peak_flops
 from cogvideo_dist.engine.log import Meter, RunLog, means, peak_memory
-from cogvideo_dist.engine.optim import learning_rate
+from cogvideo_dist.engine.optim import learning_rate, state_keys
 from cogvideo_dist.engine.zero import Engine
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.parallel.ops import barrier, broadcast_object, gather_objects
@@ -52,8 +52,11 @@ class Trainer:
         self.settings, self.task, self.batches, self.mesh = settings, task, batches, mesh
         self.limits = data_limits
         self.folder = Path(settings.run.dir)
+        self.problems: list[str] = []
         self.first_step, self.engine = self._start()
         self.log = RunLog(self.folder, first_step=self.first_step, steps=settings.train.steps, speaks=mesh.is_first)
+        for problem in self.problems:
+            self.log.say(f"warning: going on from step {self.first_step}: {problem}")
         self.meter = Meter()
         self.defects: list[Defect] = []  # samples that others replaced
         self.noticed: list[Defect] = []
@@ -97,6 +100,8 @@ class Trainer:
         if path is not None:
             state, saved = load(path, self.task.model)
             check_about(self._about(), saved.about, source=str(path))
+            if state.keys() != {"weights", *state_keys(self.settings.train)}:
+                raise CheckpointError(f"{path} holds {', '.join(state)}; train.ema_decay was set otherwise when it was made")
             with torch.no_grad():
                 for name, parameter in self.task.model.named_parameters():
                     if parameter.requires_grad:
@@ -115,8 +120,7 @@ class Trainer:
             path, problems = newest(self.folder / "ckpt")
         except CheckpointError as error:
             return str(error)
-        for problem in problems:
-            print(f"cogvideo_dist: warning: falling back to {path}: {problem}", flush=True)
+        self.problems = problems
         return path
 
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
@@ -124,20 +128,20 @@ class Trainer:
         for _ in range(self.limits.micro_steps):
             waited = time.monotonic()
             batch = next(batches)
-            self.meter.add("time/loader_wait", time.monotonic() - waited, 0.0)
+            self.meter.add("time/loader_wait", time.monotonic() - waited)
             loss = self.task.loss(self.engine.forward, batch)
             self.engine.backward(loss.total)
             self.engine.step(rate)
             self._count(batch, loss.total.detach())
             for name, (value, weight) in loss.metrics.items():
-                self.meter.add(name, value, weight)
+                self.meter.add(name, value, weight=weight)
         self.meter.add("steps", 1.0)
 
     def _count(self, batch: Batch, loss: Tensor) -> None:
-        self.meter.add("loss", loss, 0.0)
-        self.meter.add("tokens", batch.layout.tokens, self.limits.tokens_per_pack)
-        self.meter.add("samples", len(batch.samples), len(batch.defects))
-        self.meter.add("flops", self.task.flops(batch.layout), 0.0)
+        self.meter.add("loss", loss)
+        self.meter.add("tokens", batch.layout.tokens, weight=self.limits.tokens_per_pack)
+        self.meter.add("samples", len(batch.samples))
+        self.meter.add("flops", self.task.flops(batch.layout))
         self.defects += batch.defects
 
     def _report(self, done: int) -> None:
@@ -200,7 +204,7 @@ class Trainer:
         for batch, weight in self.batches.held_out():
             self.noticed += batch.defects
             for name, (value, count) in self.task.held_out_loss(self.engine.forward, batch).items():
-                meter.add(name, value * weight, count * weight)
+                meter.add(name, value * weight, weight=count * weight)
         self.engine.model.train()
         values = means(meter.reduce(self.mesh.dp, self.engine.device))
         if values:
@@ -220,7 +224,7 @@ class Trainer:
         state = self.engine.full_state()
         if self.mesh.is_first:
             saved = Saved(done, self.settings.run.seed, self._about(), self.engine.scaler)
-            save(self.folder / "ckpt", state, saved, keep=self.settings.checkpoint.keep)
+            save(self.folder / "ckpt", state, saved=saved, keep=self.settings.checkpoint.keep)
         barrier(self.mesh.replica)
 
     def _about(self) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Moments(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_mean: Tensor, grad_m2: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_mean: Tensor, grad_m2: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
         count = x[0].numel() // mean.shape[1]
         # d mean / dx = 1/n, d m2 / dx = 2 (x - mean)
@@ -96,7 +96,7 @@ class ModulateSiLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, scale, shift = ctx.saved_tensors
         grad_x, grad_scale, grad_shift = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(shift)
         for frame, cell in matching_frames(scale, ctx.first):
@@ -191,7 +191,7 @@ class Downsample(nn.Conv2d):
         super().__init__(channels, channels, 3, stride=2)
         self.in_time = in_time
 
-    def forward(self, x: Tensor, time: TimeContext) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, time: TimeContext) -> Tensor:
         """[B, C, T, H, W] -> [B, C, T', H/2, W/2]"""
         if self.in_time:
             head, pairs = x[:, :, : int(time.first)], x[:, :, int(time.first) :]
@@ -211,10 +211,10 @@ class Upsample(nn.Conv2d):
         super().__init__(channels, channels, 3, padding=1)
         self.in_time = in_time
 
-    def forward(self, x: Tensor, time: TimeContext) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, time: TimeContext) -> Tensor:
         """[B, C, T, H, W] -> [B, C, T', 2H, 2W]"""
         kernel = phase_kernels(phase_kernels(self.weight, 2), 4)  # [x phase, y phase, C, C, 2, 2]
-        bias = self.bias.repeat(4)  # type: ignore[union-attr]
+        bias = self.bias.repeat(4)
         corners = F.conv2d(frames_as_batch(x), kernel.flatten(0, 2), bias, padding=1)
         # [B*T, 4C, H+1, W+1] -> [x phase, y phase, B, C, T, H+1, W+1]
         corners = corners.unflatten(1, (2, 2, -1)).unflatten(0, (x.shape[0], -1)).permute(2, 3, 0, 4, 1, 5, 6)
@@ -245,7 +245,7 @@ class Interleave(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         batch, channels, frames, height, width = grad.shape
         shape = (batch, (frames + ctx.single) // 2, height // 2 + 1, width // 2 + 1, 2, 2, channels)
         corners = grad.new_zeros(shape).permute(4, 5, 0, 6, 1, 2, 3)

@@ -22,7 +22,9 @@ class Clip:
 
     def __post_init__(self) -> None:
         if self.text < 0 or min(self.grid) < 1:
-            raise ValueError(f"a clip needs text >= 0 and a grid of at least 1x1x1, found text={self.text} grid={self.grid}")
+            raise ValueError(
+                f"a clip needs text >= 0 and a grid of at least 1x1x1, found text={self.text} grid={self.grid}"
+            )
 
     @property
     def vision(self) -> int:

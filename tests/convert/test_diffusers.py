@@ -35,7 +35,9 @@ def test_transformer_round_trip_is_bitwise(name: str, dtype: torch.dtype, tmp_pa
     hf.save_transformer(hf.load_transformer(tmp_path / "theirs"), tmp_path / "ours")
     same_files(tmp_path / "theirs", tmp_path / "ours")
     again = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "ours")
-    assert {k: v for k, v in again.config.items() if k[0] != "_"} == {k: v for k, v in theirs.config.items() if k[0] != "_"}
+    assert {k: v for k, v in again.config.items() if k[0] != "_"} == {
+        k: v for k, v in theirs.config.items() if k[0] != "_"
+    }
 
 
 def test_sharded_weights_are_read(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ class World:
         return [f"run.dir={run}", *changes]
 
     def config(self, run: Path, *changes: str) -> DiTRun:
-        return load_config(DiTRun, [self.file], self.overrides(run, *changes))
+        return load_config(DiTRun, [self.file], overrides=self.overrides(run, *changes))
 
 
 @cache
@@ -140,7 +140,7 @@ def outcome(name: str, main: Callable[[], Any]) -> tuple[int, str, str]:
 
 def train(mesh: ParallelMesh, file: Path, overrides: list[str]) -> None:
     """A training on forked ranks, as the command composes it."""
-    train_dit.train(load_config(DiTRun, [file], overrides), mesh, torch.device("cpu"))
+    train_dit.train(load_config(DiTRun, [file], overrides=overrides), mesh, device=torch.device("cpu"))
 
 
 def try_train(mesh: ParallelMesh, file: Path, overrides: list[str]) -> tuple[int, str, str]:

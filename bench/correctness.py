@@ -1,0 +1,149 @@
+"""Whether the fast block and the attention kernels are right on this device: outputs and every gradient against float64.
+
+The reference is the same mathematics written plainly under autograd. In bfloat16 no fixed bound would mean much, so the
+plain code run in bfloat16 is the yardstick: ours may be at most ``SLACK`` times as wrong.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.measure import Setting
+from bench.record import Row
+from cogvideo_dist.models.dit import Block, Recompute
+from cogvideo_dist.models.embed import rope_table
+from cogvideo_dist.models.presets import DiTConfig
+from cogvideo_dist.pack.attention import KERNELS
+from cogvideo_dist.pack.layout import Clip, PackLayout, Run
+from cogvideo_dist.pack.shard import SequenceShard
+
+SLACK = 1.5
+FLOAT32_BOUND = 1e-4
+CLIPS = (Clip(37, (3, 9, 11)), Clip(37, (3, 9, 11)), Clip(5, (1, 7, 6)))  # two that share a call, one of another length
+Grads = dict[str, Tensor]
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """|a - b| / |b|, both as one long vector."""
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[..., length, dim], the scores written out."""
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def plain_block(block: Block, x: Tensor, condition: Tensor, rope: Tensor, seq: SequenceShard) -> Tensor:
+    """``Block.forward`` as the paper has it, one clip and one kind of token at a time."""
+    config = block.config
+    modulation = block.modulation(condition).view(2 * len(condition), 6, 1, -1)
+
+    def adapted(norm: Any, x: Tensor, run: Run, first: int) -> Tensor:
+        shift, scale = modulation[run.row, first], modulation[run.row, first + 1]
+        return (
+            F.layer_norm(x[run.start : run.stop], norm.normalized_shape, norm.weight, norm.bias, norm.eps) * (1 + scale)
+            + shift
+        )
+
+    def gated(x: Tensor, y: Tensor, gate: int) -> Tensor:
+        return x + torch.cat([y[r.start : r.stop] * modulation[r.row, gate] for r in seq.runs])
+
+    qkv = block.qkv(torch.cat([adapted(block.norm1, x, run, 0) for run in seq.runs]))
+    q, k, v = qkv.unflatten(-1, (3, config.heads, config.head_dim)).unbind(1)
+    q, k = (
+        torch.view_as_real(torch.view_as_complex(norm(y).to(rope.real.dtype).unflatten(-1, (-1, 2))) * rope[:, None])
+        .flatten(-2)
+        .to(x.dtype)
+        for norm, y in ((block.norm_q, q), (block.norm_k, k))
+    )
+    ends = seq.layout.cu_seqlens
+    attended = [
+        plain_attention(*(part[start:stop].transpose(0, 1) for part in (q, k, v))).transpose(0, 1).flatten(1)
+        for start, stop in itertools.pairwise(ends)
+    ]
+    x = gated(x, block.out(torch.cat(attended)), 2)
+    wide = block.ff1(torch.cat([adapted(block.norm2, x, run, 3) for run in seq.runs]))
+    return gated(x, block.ff2(F.gelu(wide, approximate="tanh")), 5)
+
+
+def gradients(block: Block, forward: Callable[..., Tensor], x: Tensor, *rest: Any) -> Grads:
+    """The output and the gradients of the input and of every parameter, by name."""
+    block.zero_grad()
+    x = x.detach().requires_grad_()
+    out = forward(x, *rest)
+    weights = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=torch.float64).view_as(out).sin()
+    out.backward(weights.to(out.dtype))
+    found: Mapping[str, Tensor | None] = {n: p.grad for n, p in block.named_parameters()} | {"input": x.grad}
+    return {"output": out.detach(), **{name: grad.clone() for name, grad in found.items() if grad is not None}}
+
+
+def block_errors(setting: Setting, dtype: torch.dtype, recompute: Recompute) -> dict[str, tuple[float, float]]:
+    """Per tensor: the error of our block and that of the plain code in the same precision."""
+    config = DiTConfig(layers=1, heads=2 if setting.toy else 8, head_dim=64)
+    seq = SequenceShard(PackLayout(CLIPS))
+    with torch.device(setting.device):
+        block = Block(config, recompute).to(dtype)
+    generator = torch.Generator(setting.device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device=setting.device) * 0.05)
+    x = setting.randn(seq.layout.tokens, config.hidden, dtype=dtype)
+    condition = setting.randn(len(CLIPS), config.time_embed_dim, dtype=dtype)
+    rope = rope_table(config, seq.layout, device=setting.device, dtype=dtype)
+    wide = rope_table(config, seq.layout, device=setting.device, dtype=torch.float64)
+    ours = gradients(block, block, x, condition, rope, seq)
+    plain = gradients(block, lambda *inputs: plain_block(block, *inputs), x, condition, rope, seq)
+    block = block.double()
+    exact = gradients(block, lambda *inputs: plain_block(block, *inputs), x.double(), condition.double(), wide, seq)
+    return {name: (relative(ours[name], exact[name]), relative(plain[name], exact[name])) for name in exact}
+
+
+def block_gate(setting: Setting) -> list[Row]:
+    """The worst tensor of our block: in float32 its error, in bfloat16 its error over that of plain code."""
+    rows = []
+    for recompute in ("none", "all_but_attention"):
+        errors = block_errors(setting, torch.float32, recompute)
+        name = max(errors, key=lambda name: errors[name][0])
+        what = f"block, float32, recompute {recompute}: error ({name})"
+        rows.append(Row("gate", what, "", *errors[name], at_most=FLOAT32_BOUND))
+        if setting.device.type == "cuda":
+            errors = block_errors(setting, torch.bfloat16, recompute)
+            name = max(errors, key=lambda name: errors[name][0] / errors[name][1])
+            found, plain = errors[name]
+            what = f"block, bfloat16, recompute {recompute}: error ({name})"
+            rows.append(Row("gate", what, "", found, plain, found / plain, at_most=SLACK))
+    return rows
+
+
+def kernel_errors(setting: Setting, kernel: str, dtype: torch.dtype) -> tuple[float, float]:
+    """The worst of output, dq, dk, dv of a kernel of ``pack.attention``, and of plain code in the same precision."""
+    clips, length, heads, dim = 2, 333, 4, 64
+    qkv = setting.randn(clips, length, 3, heads, dim, dtype=dtype)
+    q, k, v = (qkv[:, :, i].transpose(1, 2) for i in range(3))  # strided, as a block's values are
+    grad = setting.randn(clips, length, heads, dim, dtype=dtype).transpose(1, 2)
+    out, saved = KERNELS[kernel].forward(q, k, v)
+    ours = (out, *KERNELS[kernel].backward(grad, (q, k, v), out, saved))
+
+    def plainly(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = tuple(part.to(dtype).detach().requires_grad_() for part in (q, k, v))
+        out = plain_attention(*leaves)
+        return out, *torch.autograd.grad(out, leaves, grad.to(dtype))
+
+    exact = plainly(torch.float64)
+    worst = [max(relative(a, b) for a, b in zip(side, exact)) for side in (ours, plainly(dtype))]
+    return worst[0], worst[1]
+
+
+def kernel_gate(setting: Setting, *, kernel: str) -> list[Row]:
+    """One kernel in every precision that it is used in."""
+    if kernel in ("cpu", "efficient"):
+        found, plain = kernel_errors(setting, kernel, torch.float32)
+        return [Row("gate", f"attention {kernel}, float32: error", "", found, plain, at_most=FLOAT32_BOUND)]
+    found, plain = kernel_errors(setting, kernel, torch.bfloat16)
+    return [Row("gate", f"attention {kernel}, bfloat16: error", "", found, plain, found / plain, at_most=SLACK)]

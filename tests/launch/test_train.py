@@ -1,0 +1,140 @@
+"""One configuration is one run: under every launcher, on any ranks, at any ZeRO stage, and however often it is interrupted."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogvideo_dist.engine.checkpoint import newest, verify
+from cogvideo_dist.parallel.mesh import ParallelMesh
+from safetensors.torch import load_file
+from tests.launch.commands import finish, last_step, start, wait_for_step
+from tests.launch.world import World, read_log, steps_of, train
+from tests.ranks import run_ranks
+
+STEPS = 10
+EXACT = ("loss", "gradient_norm", "learning_rate", "loss/quartile1", "loss/quartile4")
+FREQUENT = ("checkpoint.every=3", "data.workers=1")
+
+
+@pytest.fixture(scope="session")
+def whole(world: World) -> Path:
+    """The run by ``python launch/train_dit.py``, undisturbed."""
+    run = world.root / "whole"
+    code, _, stderr = finish(start("python", [str(world.file), *world.overrides(run, *FREQUENT)]))
+    assert code == 0, stderr
+    return run
+
+
+def losses(run: Path) -> list[float]:
+    found = steps_of(run, "loss")
+    assert [step for step, _ in found] == list(range(1, STEPS + 1))
+    return [loss for _, loss in found]
+
+
+def assert_same_losses(run: Path, expected: Path) -> None:
+    assert losses(run) == pytest.approx(losses(expected), rel=1e-5, abs=0)
+    held_out = [[entry["held_out/loss"] for entry in read_log(path) if "held_out/loss" in entry] for path in (run, expected)]
+    assert len(held_out[0]) == 2
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-5, abs=0)
+
+
+def assert_bitwise(run: Path, expected: Path) -> None:
+    assert steps_of(run, *EXACT) == steps_of(expected, *EXACT)
+    (path, _), (other, _) = newest(run / "ckpt"), newest(expected / "ckpt")
+    assert path is not None
+    assert other is not None
+    assert path.name == other.name == f"step-{STEPS:06d}"
+    for name in verify(other)["files"]:
+        ours, theirs = load_file(path / name), load_file(other / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items()), name
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_every_launcher_computes_the_run(world: World, whole: Path, launcher: str) -> None:
+    run = world.root / launcher
+    code, _, stderr = finish(start(launcher, [str(world.file), *world.overrides(run, "data.workers=1")]))
+    assert code == 0, stderr
+    assert_same_losses(run, whole)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_zero_stage_on_any_ranks_computes_the_run(world: World, whole: Path, stage: int, ranks: int) -> None:
+    run = world.root / f"stage-{stage}-{ranks}"
+    run_ranks(train, ranks, world.file, world.overrides(run, f"train.zero_stage={stage}"))
+    assert_same_losses(run, whole)
+
+
+def test_an_interrupted_and_a_killed_run_continue_bitwise(world: World, whole: Path) -> None:
+    """The same command three times: ended by Ctrl-C, by SIGKILL, and by itself."""
+    seed = random.SystemRandom().randrange(1000)
+    print(f"random steps of seed {seed}")
+    first, second = sorted(random.Random(seed).sample(range(1, 8), 2))
+    run = world.root / "interrupted"
+    arguments = [str(world.file), *world.overrides(run, *FREQUENT)]
+
+    process = start("python", arguments)
+    wait_for_step(process, run, first)
+    process.send_signal(signal.SIGINT)
+    code, _, stderr = finish(process)
+    assert code == 130
+    assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1] == "train_dit: interrupted; start the same command again to go on from the last checkpoint"
+
+    before = saved_lines(run)
+    process = start("python", arguments)
+    wait_for_step(process, run, max(second, last_step(run) + 1, 4))
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
+    assert (run / "log.jsonl").read_text().startswith(before)
+
+    before = saved_lines(run)
+    assert before, "a checkpoint was reached before the kill"
+    code, _, stderr = finish(start("python", arguments))
+    assert code == 0, stderr
+    assert (run / "log.jsonl").read_text().startswith(before), "steps before the checkpoint are not taken again"
+    assert_bitwise(run, whole)
+
+
+def saved_lines(run: Path) -> str:
+    """The log up to the newest checkpoint."""
+    path, _ = newest(run / "ckpt")
+    step = int(path.name.removeprefix("step-")) if path else 0
+    kept = [line for line in (run / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return "".join(line for line in kept if step and int(line.split(",")[0].split()[1]) <= step)
+
+
+def killed(mesh: ParallelMesh, file: Path, overrides: list[str], step: int) -> None:
+    """``train``, in which the first rank dies as soon as it has logged ``step``."""
+    run = Path(overrides[0].removeprefix("run.dir="))
+
+    def watch() -> None:
+        while last_step(run) < step:
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if mesh.is_first:
+        threading.Thread(target=watch, daemon=True).start()
+    train(mesh, file, overrides)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_killed_run_of_two_ranks_continues_bitwise(world: World, stage: int) -> None:
+    straight, broken = (world.root / f"{name}-{stage}" for name in ("straight", "broken"))
+    changes = (f"train.zero_stage={stage}", "checkpoint.every=3")
+    run_ranks(train, 2, world.file, world.overrides(straight, *changes))
+    with pytest.raises(AssertionError, match=r"rank 0 ended with -9|rank 1 failed first"):
+        run_ranks(killed, 2, world.file, world.overrides(broken, *changes), 4)
+    assert last_step(broken) < STEPS
+    assert saved_lines(broken)
+    run_ranks(train, 2, world.file, world.overrides(broken, *changes))
+    assert_bitwise(broken, straight)
