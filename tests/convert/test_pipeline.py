@@ -20,7 +20,7 @@ from cogvideo_dist.tasks.sampling import Sampler
 
 
 @pytest.mark.parametrize("guidance_kind", ["constant", "dynamic"])
-@pytest.mark.parametrize("size", [(9, 96, 128), (13, 64, 80)])  # the base size and another
+@pytest.mark.parametrize("size", [(9, 96, 128), (17, 64, 80)])  # the base size and another
 @pytest.mark.parametrize(("name", "shift"), [("cogvideox-2b", 3.0), ("cogvideox-5b", 1.0), ("cogvideox1.5-5b", 1.0)])
 def test_the_public_pipeline_renders_the_same_video(
     name: str, shift: float, size: tuple[int, int, int], guidance_kind: str, tmp_path: Path
