@@ -68,7 +68,9 @@ def build_transformer(config: DiTRun) -> DiT:
         if getattr(model.config, field.name) != getattr(wanted, field.name)
     ]
     if differences:
-        raise ConfigError(f"model.weights {config.model.weights} is not model.preset {config.model.preset}: {differences[0]}")
+        raise ConfigError(
+            f"model.weights {config.model.weights} is not model.preset {config.model.preset}: {differences[0]}"
+        )
     return model.float()
 
 
@@ -95,7 +97,9 @@ def load_text(folder: str, model: DiTConfig, *, device: torch.device) -> TextEnc
     """The frozen text encoder, of the width that the transformer takes."""
     text = TextEncoder.load(folder, length=model.text_length, device=device)
     if text.dim != model.text_dim:
-        raise ConfigError(f"frozen.text {folder} has features of {text.dim}, the transformer takes text_dim {model.text_dim}")
+        raise ConfigError(
+            f"frozen.text {folder} has features of {text.dim}, the transformer takes text_dim {model.text_dim}"
+        )
     return text
 
 
@@ -110,7 +114,9 @@ def check_latents(config: DiTRun, records: list[Record], *, vae: VAE | None) -> 
         found = stored(records, key, shards=shards)
         if found != value:
             of = f"model.{key}" if key in ("text_length", "text_dim") else f"frozen.vae {config.frozen.vae}"
-            raise ConfigError(f"the latents of {shards} were made with {key} {found}, but {of} has {value}; encode them again")
+            raise ConfigError(
+                f"the latents of {shards} were made with {key} {found}, but {of} has {value}; encode them again"
+            )
     return float(scale)
 
 
@@ -138,7 +144,12 @@ class RankData:
         self.records = read_index(data.shards)
         self.plan = Plan(self.records, data, seed=seed, geometry=geometry)
         self.loader = Loader(
-            self.plan, ShardReader(data.shards), data=data, geometry=geometry, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size
+            self.plan,
+            ShardReader(data.shards),
+            data=data,
+            geometry=geometry,
+            dp_rank=mesh.dp.rank,
+            dp_size=mesh.dp.size,
         )
 
     def iterate(self, first_step: int) -> Iterator[Batch]:
@@ -182,9 +193,13 @@ def prepare_folder(config: DiTRun | VAERun, mesh: ParallelMesh, *, plan: Plan) -
 
 def cut_captions(records: Sequence[Record]) -> list[Defect]:
     """Encoded samples whose caption was longer than the text encoder's length; it was measured when they were encoded."""
-    facts = ((record, record.origin.get("caption_tokens", 0), record.origin.get("text_length", 0)) for record in records)
+    facts = (
+        (record, record.origin.get("caption_tokens", 0), record.origin.get("text_length", 0)) for record in records
+    )
     return [
-        Defect(record.key, record.source, cut_reason(tokens, length)) for record, tokens, length in facts if tokens > length
+        Defect(record.key, record.source, cut_reason(tokens, length))
+        for record, tokens, length in facts
+        if tokens > length
     ]
 
 
@@ -204,7 +219,9 @@ def refused_as_other_run(config: DiTRun | VAERun, path: Path) -> str | None:
     before, now = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(config))
     for key in sorted(before):
         if before[key] != now[key] and not any(key == free or key.startswith(free + ".") for free in FREE):
-            return f"{path} was started with {key}={before[key]!r}, now {now[key]!r}; use another run.dir or the old value"
+            return (
+                f"{path} was started with {key}={before[key]!r}, now {now[key]!r}; use another run.dir or the old value"
+            )
     return None
 
 

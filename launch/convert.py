@@ -35,7 +35,9 @@ def arguments() -> argparse.Namespace:
         epilog="example: python launch/convert.py diffusers runs/demo/dit runs/demo/pipeline --dtype bf16",
     )  # fmt: skip
     to_public.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged or last weights")
-    to_public.add_argument("--part", choices=("pipeline", "transformer"), default="pipeline", help="of a transformer's run")
+    to_public.add_argument(
+        "--part", choices=("pipeline", "transformer"), default="pipeline", help="of a transformer's run"
+    )
     to_ours = formats.add_parser(
         "native", help="a diffusers transformer or vae folder -> weights.safetensors under our names",
         epilog="example: python launch/convert.py native CogVideoX-5b/transformer ours",

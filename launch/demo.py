@@ -128,10 +128,10 @@ def report(out: Path, *, difference: float, seconds: float) -> None:
 training loss    first {losses[0]:.4f}   last {sum(tail) / len(tail):.4f}   (mean of the last {len(tail)} reports)
 held-out loss    first {held_out[0]:.4f}   last {held_out[-1]:.4f}
 largest difference between our video and CogVideoXPipeline's from the export: {difference:.2e} (of 1)
-video            {out / 'sample' / 'prompt-00.mp4'}
-contact sheet    {out / 'sample' / 'contact-sheet.png'}
+video            {out / "sample" / "prompt-00.mp4"}
+contact sheet    {out / "sample" / "contact-sheet.png"}
 TensorBoard      tensorboard --logdir {out}
-export           {out / 'pipeline'}""")
+export           {out / "pipeline"}""")
     if held_out[-1] >= held_out[0] or difference > 1e-3:
         raise ConfigError("the demo did not behave: held-out loss must fall and the export must render the same video")
 

@@ -42,7 +42,9 @@ def main() -> None:
     print(f"{written.samples} samples encoded into {options.out}, {written.rejected} could not be used")
     cut = cut_captions(read_index(options.out))
     if cut:
-        print(f"{len(cut)} captions were cut; runs list them in data_report.jsonl; first: {cut[0].source}: {cut[0].reason}")
+        print(
+            f"{len(cut)} captions were cut; runs list them in data_report.jsonl; first: {cut[0].source}: {cut[0].reason}"
+        )
 
 
 class Encoders(NamedTuple):
@@ -50,7 +52,9 @@ class Encoders(NamedTuple):
     text: TextEncoder
 
 
-def entries(config: DiTRun, encoders: Encoders) -> Iterator[tuple[str, Mapping[str, bytes], Mapping[str, Any]] | Defect]:
+def entries(
+    config: DiTRun, encoders: Encoders
+) -> Iterator[tuple[str, Mapping[str, bytes], Mapping[str, Any]] | Defect]:
     """Every clip of the shards in the form that ``write_shards`` takes, or what was wrong with it."""
     reader = ShardReader(config.data.shards)
     origin = {

@@ -40,7 +40,9 @@ def open_pipeline(folder: str, weights: Weights, *, device: torch.device) -> Pip
         return _released(path, device)
     if (path / "config.yaml").exists():
         return _trained(path, weights, device=device)
-    raise ConfigError(f"{folder} is neither a run (it has no config.yaml) nor a diffusers pipeline (no model_index.json)")
+    raise ConfigError(
+        f"{folder} is neither a run (it has no config.yaml) nor a diffusers pipeline (no model_index.json)"
+    )
 
 
 def _released(path: Path, device: torch.device) -> Pipeline:

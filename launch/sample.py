@@ -22,8 +22,8 @@ from launch.runs import Pipeline, open_pipeline
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Sample videos from a run or from a diffusers pipeline folder; writes one mp4 a prompt and a contact sheet.",
-        epilog="example:\n  python launch/sample.py --checkpoint runs/demo/dit --prompt 'A cat turns its head.' --out runs/demo/out",
+        description="Sample videos from a run or from a diffusers pipeline folder: an mp4 a prompt and a contact sheet.",
+        epilog="example:\n  python launch/sample.py --checkpoint runs/demo/dit --prompt 'A cat turns its head.' --out runs/out",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, help="a run's folder or a diffusers pipeline folder")
@@ -60,7 +60,9 @@ def main() -> None:
         path = out / f"prompt-{index:02d}.mp4"
         write_mp4(path, frames, settings.fps)
         rows.append((prompt, frames))
-        print(f"{path}: {len(frames)} frames, seed {settings.seed + index}, {time.monotonic() - begun:.1f} s", flush=True)
+        print(
+            f"{path}: {len(frames)} frames, seed {settings.seed + index}, {time.monotonic() - begun:.1f} s", flush=True
+        )
     write_contact_sheet(out / "contact-sheet.png", rows)
     print(f"{out / 'contact-sheet.png'}")
 

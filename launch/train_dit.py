@@ -27,10 +27,16 @@ def main() -> None:
 
 def train(config: DiTRun, mesh: ParallelMesh, *, device: torch.device) -> None:
     """The whole run, on this rank of ``mesh``."""
-    data = RankData(config.data, seed=config.run.seed, geometry=transformer_geometry(config.model.transformer()), mesh=mesh)
+    data = RankData(
+        config.data, seed=config.run.seed, geometry=transformer_geometry(config.model.transformer()), mesh=mesh
+    )
     frozen = load_frozen(config, device=device, records=data.records, pictures=config.validation.samples_every > 0)
     task = VideoTask(
-        build_transformer(config), frozen, diffusion=config.diffusion, validation=config.validation, seed=config.run.seed
+        build_transformer(config),
+        frozen,
+        diffusion=config.diffusion,
+        validation=config.validation,
+        seed=config.run.seed,
     )
     prepare_folder(config, mesh, plan=data.plan)
     limits = DataLimits(

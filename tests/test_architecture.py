@@ -13,7 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "cogvideo_dist"
-SOURCES = sorted(path for folder in (PACKAGE, "launch", "data_tools", "bench") for path in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    path for folder in (PACKAGE, "launch", "data_tools", "bench") for path in (ROOT / folder).rglob("*.py")
+)
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 MAY_IMPORT = {
@@ -84,7 +86,9 @@ def within(module: str, package: str) -> bool:
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def functions(tree: ast.AST, owner: str = "", bases: tuple[str, ...] = ()) -> Iterator[tuple[str, Function, tuple[str, ...]]]:
+def functions(
+    tree: ast.AST, owner: str = "", bases: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Function, tuple[str, ...]]]:
     """(qualified name, definition, names of the class's bases)."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ClassDef):
@@ -154,7 +158,8 @@ def test_no_global_no_pickle_no_bare_except_no_print_in_the_library() -> None:
             if (
                 isinstance(node, ast.Global)
                 or (isinstance(node, ast.ExceptHandler) and node.type is None)
-                or named in ("torch.save", "torch.load", "pickle.load", "pickle.loads", "torch.manual_seed", "eval", "exec")
+                or named
+                in ("torch.save", "torch.load", "pickle.load", "pickle.loads", "torch.manual_seed", "eval", "exec")
                 and name_of(path) != "data_tools/make_demo_text.py"  # transformers draws from the global generator
                 and not name_of(path).startswith("bench/")
                 or (library and named == "print")

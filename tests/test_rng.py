@@ -29,7 +29,19 @@ def test_the_numbers_do_not_change_between_versions() -> None:
 
 
 def test_every_id_and_its_type_and_order_matter() -> None:
-    ids: list[tuple[int | str, ...]] = [(), (1,), ("1",), (1, 2), (2, 1), (12,), ("1", 2), ("", 1), (1, ""), ("1, 2",), (-1,)]
+    ids: list[tuple[int | str, ...]] = [
+        (),
+        (1,),
+        ("1",),
+        (1, 2),
+        (2, 1),
+        (12,),
+        ("1", 2),
+        ("", 1),
+        (1, ""),
+        ("1, 2",),
+        (-1,),
+    ]
     found = {fold_seed(seed, *item) for seed, item in product((0, 1), ids)}
     assert len(found) == 2 * len(ids)
     assert all(0 <= seed < 2**63 for seed in found)
@@ -46,6 +58,8 @@ def test_the_global_generator_plays_no_part() -> None:
 
 
 def test_neighbouring_ids_draw_independent_numbers() -> None:
-    draws = torch.stack([torch.randn(256, generator=fold(0, "noise", epoch, sample)) for epoch in range(4) for sample in range(8)])
+    draws = torch.stack(
+        [torch.randn(256, generator=fold(0, "noise", epoch, sample)) for epoch in range(4) for sample in range(8)]
+    )
     correlation = torch.corrcoef(draws) - torch.eye(32)
     assert correlation.abs().max() < 6 / 256**0.5

@@ -255,11 +255,15 @@ class DiTRun:
 
     def __post_init__(self) -> None:
         if self.model.transformer().image_channels:
-            raise ValueError(f"model.preset {self.model.preset!r} takes an image condition; this command trains text-to-video")
+            raise ValueError(
+                f"model.preset {self.model.preset!r} takes an image condition; this command trains text-to-video"
+            )
         if self.data.source == "pixels" and not (self.frozen.vae and self.frozen.text):
             raise ValueError("data.source: pixels needs frozen.vae and frozen.text, which encode in the loop")
         if self.validation.samples_every and not (self.frozen.vae and self.frozen.text):
-            raise ValueError("validation.samples_every needs frozen.vae and frozen.text to encode prompts and decode videos")
+            raise ValueError(
+                "validation.samples_every needs frozen.vae and frozen.text to encode prompts and decode videos"
+            )
 
 
 @dataclass(frozen=True)

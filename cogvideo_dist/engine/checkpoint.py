@@ -110,7 +110,9 @@ def verify(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{file} has {file.stat().st_size} bytes, its manifest says {facts['size']}")
         found = file_hash(file)
         if found != facts["sha256"]:
-            raise CheckpointError(f"{file} is damaged: SHA-256 {found[:12]}..., its manifest says {facts['sha256'][:12]}...")
+            raise CheckpointError(
+                f"{file} is damaged: SHA-256 {found[:12]}..., its manifest says {facts['sha256'][:12]}..."
+            )
     return manifest
 
 
@@ -158,7 +160,9 @@ def check_about(expected: Mapping[str, Any], found: Mapping[str, Any], *, source
     for key, value in flat(json.loads(json.dumps(expected))).items():
         before = flat(found).get(key, value)
         if before != value:
-            raise CheckpointError(f"{source} is of another run: it was made with {key}={before!r}, this run has {value!r}")
+            raise CheckpointError(
+                f"{source} is of another run: it was made with {key}={before!r}, this run has {value!r}"
+            )
 
 
 def flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -172,7 +176,9 @@ def flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 def file_hash(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file.read())
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file.read())
+        )
 
 
 def _hash(data: bytes) -> str:  # Python 3.10

@@ -6,7 +6,15 @@ import time
 
 import torch
 
-KNOWN = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "B200": 2250e12}
+KNOWN = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "B200": 2250e12,
+}
 """Dense bf16 peak of a GPU, FLOP/s, by a part of its name (vendors' data sheets)."""
 
 

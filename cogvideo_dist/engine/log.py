@@ -109,7 +109,9 @@ class RunLog:
         fresh = [notice for notice in notices if report_line(notice) not in self.listed]
         if fresh and not self.noticed:
             self.noticed = True
-            self.say(f"data: {fresh[0].source}: {fresh[0].reason}; this one and others alike are listed in {self.report}")
+            self.say(
+                f"data: {fresh[0].source}: {fresh[0].reason}; this one and others alike are listed in {self.report}"
+            )
         lines = dict.fromkeys(map(report_line, fresh))  # two ranks may have met the same
         for line in lines:
             self._list(line)

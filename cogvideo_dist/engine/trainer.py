@@ -48,7 +48,9 @@ class Settings(Protocol):
 class Trainer:
     """One run of one task on one mesh, from its newest checkpoint (or from the start) to its last step."""
 
-    def __init__(self, settings: Settings, task: Task, *, batches: Batches, mesh: ParallelMesh, data_limits: DataLimits) -> None:
+    def __init__(
+        self, settings: Settings, task: Task, *, batches: Batches, mesh: ParallelMesh, data_limits: DataLimits
+    ) -> None:
         self.settings, self.task, self.batches, self.mesh = settings, task, batches, mesh
         self.limits = data_limits
         self.folder = Path(settings.run.dir)
@@ -101,14 +103,14 @@ class Trainer:
             state, saved = load(path, self.task.model)
             check_about(self._about(), saved.about, source=str(path))
             if state.keys() != {"weights", *state_keys(self.settings.train)}:
-                raise CheckpointError(f"{path} holds {', '.join(state)}; train.ema_decay was set otherwise when it was made")
+                raise CheckpointError(
+                    f"{path} holds {', '.join(state)}; train.ema_decay was set otherwise when it was made"
+                )
             with torch.no_grad():
                 for name, parameter in self.task.model.named_parameters():
                     if parameter.requires_grad:
                         parameter.copy_(state["weights"][name])
-        engine = Engine(
-            self.task.model, self.settings.train, mesh=self.mesh, micro_steps=self.limits.micro_steps
-        )
+        engine = Engine(self.task.model, self.settings.train, mesh=self.mesh, micro_steps=self.limits.micro_steps)
         if state is None or saved is None:
             return 0, engine
         engine.load_state(state, step=saved.step)
@@ -175,7 +177,9 @@ class Trainer:
         if train.precision == "fp16":
             values["loss_scale"] = self.engine.scaler["cur_scale"]
         self.log.scalars(done, values)
-        self.log.progress(done, loss=f"{loss:.4f}", norm=f"{values['gradient_norm']:.3f}", mfu=f"{values['throughput/mfu']:.0%}")
+        self.log.progress(
+            done, loss=f"{loss:.4f}", norm=f"{values['gradient_norm']:.3f}", mfu=f"{values['throughput/mfu']:.0%}"
+        )
         self._check_data(int(samples[0]), replaced)
 
     def _list_defects(self) -> tuple[int, int]:
@@ -191,7 +195,10 @@ class Trainer:
         """Stop where too many samples were replaced. Every rank comes to the same verdict."""
         self.limits.samples += samples
         self.limits.bad += replaced
-        if self.limits.samples >= self.limits.judged_after and self.limits.bad > self.limits.max_bad_share * self.limits.samples:
+        if (
+            self.limits.samples >= self.limits.judged_after
+            and self.limits.bad > self.limits.max_bad_share * self.limits.samples
+        ):
             raise ValueError(
                 f"{self.limits.bad} of {self.limits.samples} samples could not be read, more than data.max_bad_share "
                 f"{self.limits.max_bad_share}; they are listed in {self.folder / 'data_report.jsonl'}"

@@ -38,7 +38,9 @@ class VAETask:
             noise = torch.cat([self._noise(video, sample) for sample in samples])
             output, posterior = model(video, noise)
             error = (output - video).float()
-            reconstruction = reconstruction + (error.abs() if self.settings.reconstruction == "l1" else error.square()).sum()
+            reconstruction = (
+                reconstruction + (error.abs() if self.settings.reconstruction == "l1" else error.square()).sum()
+            )
             kl = kl + posterior.kl().float().sum()
         pixels = sum(3 * prod(slot.size) for pack in batch.plan.packs for slot in pack)
         mine = torch.tensor(sum(3 * prod(sample.slot.size) for sample in batch.samples))
@@ -64,7 +66,9 @@ class VAETask:
         for sample in self.shown:
             output, video = self._reconstruct(model, sample)
             pair = to_uint8(torch.cat([video[0], output[0]], dim=-1))
-            pictures.append(Picture(f"clip-{sample.key}", f"original | reconstruction: {sample.caption}", pair, self.fps))
+            pictures.append(
+                Picture(f"clip-{sample.key}", f"original | reconstruction: {sample.caption}", pair, self.fps)
+            )
         return pictures
 
     def notices(self) -> list[Defect]:

@@ -91,10 +91,14 @@ class VideoTask:
         if self.frozen.vae is None or self.frozen.text is None:
             raise ValueError("sampling prompts needs frozen.vae and frozen.text in the configuration")
         settings = self.validation.sampling
-        sampler = Sampler(self.model, self.frozen.vae, self.schedule, self.frozen.latent_scale, self.frozen.vae_semantics)
+        sampler = Sampler(
+            self.model, self.frozen.vae, self.schedule, self.frozen.latent_scale, self.frozen.vae_semantics
+        )
         texts = self.frozen.text.encode(self.validation.prompts)
         return [
-            Picture(f"prompt-{i:02d}", prompt, to_uint8(sampler.video(text, settings, seed=settings.seed + i)), settings.fps)
+            Picture(
+                f"prompt-{i:02d}", prompt, to_uint8(sampler.video(text, settings, seed=settings.seed + i)), settings.fps
+            )
             for i, (prompt, text) in enumerate(zip(self.validation.prompts, texts))
         ]
 
@@ -130,11 +134,15 @@ class VideoTask:
 
     @torch.no_grad()
     def _encode(self, samples: list[Sample]) -> list[Posterior]:
-        stored = [Posterior(s.mean[None], s.logvar[None]) for s in samples if s.mean is not None and s.logvar is not None]
+        stored = [
+            Posterior(s.mean[None], s.logvar[None]) for s in samples if s.mean is not None and s.logvar is not None
+        ]
         if len(stored) == len(samples):
             return stored
         if self.frozen.vae is None:
-            raise ValueError(f"sample {samples[0].key} holds no latents and the configuration has no frozen.vae to make them")
+            raise ValueError(
+                f"sample {samples[0].key} holds no latents and the configuration has no frozen.vae to make them"
+            )
         video = to_video(samples, next(self.frozen.vae.parameters()))
         together = self.frozen.vae.encode(video, semantics=self.frozen.vae_semantics)
         return [Posterior(mean, logvar) for mean, logvar in zip(together.mean.split(1), together.logvar.split(1))]
@@ -192,9 +200,7 @@ class VideoTask:
     def _metrics(self, means: Tensor, timesteps: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
         """The mean error per quartile of the timestep, each as (sum, count)."""
         quartile = torch.tensor([4 * t // self.schedule.config.timesteps for t in timesteps], device=means.device)
-        return {
-            f"loss/quartile{q + 1}": (means[quartile == q].sum(), (quartile == q).sum()) for q in range(4)
-        }
+        return {f"loss/quartile{q + 1}": (means[quartile == q].sum(), (quartile == q).sum()) for q in range(4)}
 
 
 def cut_reason(tokens: int, length: int) -> str:

@@ -144,7 +144,9 @@ def test_later_files_win_key_by_key_and_overrides_win_over_all(tmp_path: Path) -
 
 
 def test_an_override_is_parsed_as_yaml_and_named_where_it_is_wrong(tmp_path: Path) -> None:
-    config = load(tmp_path, "data.sizes=[[5, 16, 16]]", "checkpoint={every: 2, keep: 1}", "run.dir=a=b", "train.clip_norm=null")
+    config = load(
+        tmp_path, "data.sizes=[[5, 16, 16]]", "checkpoint={every: 2, keep: 1}", "run.dir=a=b", "train.clip_norm=null"
+    )
     assert config.data.sizes == ((5, 16, 16),)
     assert (config.checkpoint.every, config.checkpoint.keep, config.run.dir) == (2, 1, "a=b")
     assert config.train.clip_norm is None

@@ -72,10 +72,16 @@ DAMAGES = {
     ),
     "empty file": (lambda path: (path / "exp_avg.safetensors").write_bytes(b""), "exp_avg.safetensors has 0 bytes"),
     "missing file": (lambda path: (path / "exp_avg.safetensors").unlink(), "exp_avg.safetensors is missing"),
-    "torn manifest": (lambda path: (path / "manifest.json").write_text('{"format": 1, "fi'), "manifest.json cannot be read"),
+    "torn manifest": (
+        lambda path: (path / "manifest.json").write_text('{"format": 1, "fi'),
+        "manifest.json cannot be read",
+    ),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json cannot be read"),
     "manifest of a list": (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
-    "manifest without files": (lambda path: (path / "manifest.json").write_text('{"format": 1}'), "manifest.json lacks step"),
+    "manifest without files": (
+        lambda path: (path / "manifest.json").write_text('{"format": 1}'),
+        "manifest.json lacks step",
+    ),
     "another format": (
         lambda path: (path / "manifest.json").write_text('{"format": 2}'),
         "manifest.json has format 2; this version of cogvideo_dist reads format 1",
@@ -161,7 +167,9 @@ def test_foreign_names_are_no_checkpoints(folder: Path) -> None:
         (nn.Sequential(nn.Linear(3, 4)), "it has the unknown tensor 1.bias"),
     ],
 )
-def test_a_checkpoint_of_another_model_is_refused_by_its_first_difference(folder: Path, other: nn.Module, message: str) -> None:
+def test_a_checkpoint_of_another_model_is_refused_by_its_first_difference(
+    folder: Path, other: nn.Module, message: str
+) -> None:
     with pytest.raises(CheckpointError, match=rf"weights.safetensors is of another model: {message}"):
         load(folder / "step-000010", other)
 
@@ -176,7 +184,10 @@ def test_a_checkpoint_that_computed_something_else_is_refused_by_its_first_diffe
     found = {"task": "t", "model": {"layers": 2, "patch": [1, 2, 2]}, "latent_scale": 0.7}
     check_about({"task": "t", "model": {"layers": 2, "patch": (1, 2, 2)}, "latent_scale": 0.7}, found, source="x")
     check_about({**found, "added_later": 1}, found, source="x")
-    with pytest.raises(CheckpointError, match=r"x is of another run: it was made with model.patch=\[1, 2, 2\], this run has \[2, 2, 2\]"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"x is of another run: it was made with model.patch=\[1, 2, 2\], this run has \[2, 2, 2\]",
+    ):
         check_about({"model": {"patch": (2, 2, 2)}}, found, source="x")
     with pytest.raises(CheckpointError, match="it was made with latent_scale=0.7, this run has 1.15"):
         check_about({"latent_scale": 1.15}, found, source="x")

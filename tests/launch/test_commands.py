@@ -35,7 +35,12 @@ def command(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> t
 def trained(world: World) -> Path:
     """A short run, with pictures at its end."""
     run = world.root / "trained"
-    run_ranks(train, 1, world.file, world.overrides(run, "train.steps=4", "validation.samples_every=4", "validation.prompts=[A cat.]"))
+    run_ranks(
+        train,
+        1,
+        world.file,
+        world.overrides(run, "train.steps=4", "validation.samples_every=4", "validation.prompts=[A cat.]"),
+    )
     return run
 
 
@@ -58,7 +63,10 @@ def test_every_command_shows_an_example(monkeypatch: pytest.MonkeyPatch, name: s
 
 
 def test_pictures_are_made_from_prompts(trained: Path) -> None:
-    assert sorted(path.name for path in (trained / "samples" / "step-000004").iterdir()) == ["contact-sheet.png", "prompt-00.mp4"]
+    assert sorted(path.name for path in (trained / "samples" / "step-000004").iterdir()) == [
+        "contact-sheet.png",
+        "prompt-00.mp4",
+    ]
 
 
 def test_pictures_under_stage_3_on_two_ranks_are_those_of_one(world: World, trained: Path) -> None:
@@ -97,12 +105,16 @@ def rotations(pipeline: CogVideoXPipeline) -> tuple[torch.Tensor, torch.Tensor]:
     return pipeline._prepare_rotary_positional_embeddings(32, 32, 3, CPU)
 
 
-def test_a_released_pipeline_samples_as_its_run_does(monkeypatch: pytest.MonkeyPatch, released: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_released_pipeline_samples_as_its_run_does(
+    monkeypatch: pytest.MonkeyPatch, released: Path, trained: Path, tmp_path: Path
+) -> None:
     (tmp_path / "prompts.txt").write_text("A cat.\n\n\u732b\n", encoding="utf-8")
     options = ("--prompts-file", tmp_path / "prompts.txt", "--steps", 2, "--size", 9, 32, 32, "--seed", 3, "--guidance", 2,
                "--sampler", "dpmpp_2m_sde", "--guidance-kind", "constant", "--fps", 8)  # fmt: skip
     for name, folder in (("ours", trained), ("theirs", released)):
-        code, stdout, stderr = command(monkeypatch, "sample", "--checkpoint", folder, "--out", tmp_path / name, *options)
+        code, stdout, stderr = command(
+            monkeypatch, "sample", "--checkpoint", folder, "--out", tmp_path / name, *options
+        )
         assert code == 0, stderr
         assert [line.split(":")[0] for line in stdout.splitlines()] == [
             str(tmp_path / name / file) for file in ("prompt-00.mp4", "prompt-01.mp4", "contact-sheet.png")
@@ -113,7 +125,9 @@ def test_a_released_pipeline_samples_as_its_run_does(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])
-def test_the_exported_transformer_is_the_checkpoint(monkeypatch: pytest.MonkeyPatch, world: World, trained: Path, tmp_path: Path, weights: str) -> None:
+def test_the_exported_transformer_is_the_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, world: World, trained: Path, tmp_path: Path, weights: str
+) -> None:
     options = ("--part", "transformer", "--weights", weights)
     assert command(monkeypatch, "convert", "diffusers", trained, tmp_path / "out", *options)[0] == 0
     assert command(monkeypatch, "convert", "native", tmp_path / "out", tmp_path / "native")[0] == 0
@@ -127,7 +141,9 @@ def test_the_exported_transformer_is_the_checkpoint(monkeypatch: pytest.MonkeyPa
     assert json.loads((tmp_path / "native" / "model.json").read_text())["class"] == "DiT"
 
 
-def test_weights_are_written_in_the_dtype_asked_for(monkeypatch: pytest.MonkeyPatch, world: World, tmp_path: Path) -> None:
+def test_weights_are_written_in_the_dtype_asked_for(
+    monkeypatch: pytest.MonkeyPatch, world: World, tmp_path: Path
+) -> None:
     assert command(monkeypatch, "convert", "native", world.root / "vae", tmp_path / "out", "--dtype", "bf16")[0] == 0
     found = load_file(tmp_path / "out" / "weights.safetensors")
     vae = load_vae(str(world.root / "vae"), CPU)
@@ -139,13 +155,15 @@ def latents(world: World) -> Path:
     """The world's clips, encoded by the command."""
     out = world.root / "latents"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        code, stdout, stderr = command(monkeypatch, "encode", "--config", world.file, *world.overrides(world.root / "x"), "--out", out)
+        code, stdout, stderr = command(
+            monkeypatch, "encode", "--config", world.file, *world.overrides(world.root / "x"), "--out", out
+        )
     assert code == 0, stderr
     assert stdout == f"8 samples encoded into {out}, 0 could not be used\n"
     return out
 
 
-LATENTS = ("data.source=latents", "frozen={}")
+LATENTS = ("data.source=latents", "frozen.vae=null", "frozen.text=null")
 
 
 def test_latents_carry_what_made_them(latents: Path) -> None:
@@ -186,10 +204,17 @@ def test_latents_of_another_text_encoder_are_refused(world: World, latents: Path
     assert f"were made with text_length {LENGTH}, but model.text_length has 32" in stderr.splitlines()[-1]
 
 
-def test_five_steps_at_rate_zero_leave_a_released_model_and_its_samples_as_they_were(world: World, released: Path) -> None:
+def test_five_steps_at_rate_zero_leave_a_released_model_and_its_samples_as_they_were(
+    world: World, released: Path
+) -> None:
     """From a public pipeline through DeepSpeed, the optimizer, the average and the checkpoint, bit by bit."""
     run = world.root / "identity"
-    changes = ("train.learning_rate=0.0", "train.weight_decay=0.1", "train.steps=5", f"model.weights={released / 'transformer'}")
+    changes = (
+        "train.learning_rate=0.0",
+        "train.weight_decay=0.1",
+        "train.steps=5",
+        f"model.weights={released / 'transformer'}",
+    )
     run_ranks(train, 2, world.file, world.overrides(run, *changes))
     config = world.config(run, *changes)
     before = build_transformer(config)
@@ -201,7 +226,10 @@ def test_five_steps_at_rate_zero_leave_a_released_model_and_its_samples_as_they_
         assert all(torch.equal(state[kind][name], p) for name, p in before.named_parameters()), kind
     assert any(tensor.any() for tensor in state["exp_avg"].values()), "gradients were there"
     settings = config.validation.sampling
-    pipelines = [open_pipeline(str(released), "ema", device=CPU), *(open_pipeline(str(run), kind, device=CPU) for kind in ("ema", "raw"))]
+    pipelines = [
+        open_pipeline(str(released), "ema", device=CPU),
+        *(open_pipeline(str(run), kind, device=CPU) for kind in ("ema", "raw")),
+    ]
     videos = [p.sampler.video(p.text.encode(["A cat."])[0], settings, seed=1) for p in pipelines]
     assert all(torch.equal(video, videos[0]) for video in videos)
 
@@ -226,7 +254,9 @@ def test_weights_of_another_preset_are_refused(world: World, released: Path, tmp
         ("encode", ("--config", "gone.yaml", "--out", "o"), "gone.yaml: no such configuration file"),
     ],
 )  # fmt: skip
-def test_what_is_not_there_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, name: str, arguments: tuple[str, ...], message: str) -> None:
+def test_what_is_not_there_is_named_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, name: str, arguments: tuple[str, ...], message: str
+) -> None:
     code, _, stderr = command(monkeypatch, name, *arguments)
     assert code == 78
     assert len(stderr.splitlines()) == 1
@@ -234,7 +264,9 @@ def test_what_is_not_there_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch,
     assert message in stderr
 
 
-def test_a_size_that_cannot_be_sampled_is_refused(monkeypatch: pytest.MonkeyPatch, trained: Path, tmp_path: Path) -> None:
+def test_a_size_that_cannot_be_sampled_is_refused(
+    monkeypatch: pytest.MonkeyPatch, trained: Path, tmp_path: Path
+) -> None:
     options = ("--checkpoint", trained, "--prompt", "a", "--out", tmp_path, "--size", 8, 30, 32)
     code, _, stderr = command(monkeypatch, "sample", *options)
     assert code == 1
@@ -266,7 +298,9 @@ def test_latents_list_the_captions_that_were_cut(monkeypatch: pytest.MonkeyPatch
     options = ("--config", world.file, *world.overrides(tmp_path / "x", *short), "--out", tmp_path / "latents")
     code, stdout, stderr = command(monkeypatch, "encode", *options)
     assert code == 0, stderr
-    assert stdout.splitlines()[1].startswith("8 captions were cut; runs list them in data_report.jsonl; first: images/still 0.png: caption of ")
+    assert stdout.splitlines()[1].startswith(
+        "8 captions were cut; runs list them in data_report.jsonl; first: images/still 0.png: caption of "
+    )
     run = tmp_path / "run"
     changes = ("train.steps=2", f"data.shards={tmp_path / 'latents'}", *short, *LATENTS)
     ((code, stdout, stderr),) = run_ranks(try_train, 1, world.file, world.overrides(run, *changes))

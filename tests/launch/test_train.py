@@ -41,7 +41,9 @@ def losses(run: Path) -> list[float]:
 
 def assert_same_losses(run: Path, expected: Path) -> None:
     assert losses(run) == pytest.approx(losses(expected), rel=1e-5, abs=0)
-    held_out = [[entry["held_out/loss"] for entry in read_log(path) if "held_out/loss" in entry] for path in (run, expected)]
+    held_out = [
+        [entry["held_out/loss"] for entry in read_log(path) if "held_out/loss" in entry] for path in (run, expected)
+    ]
     assert len(held_out[0]) == 2
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-5, abs=0)
 
@@ -88,7 +90,10 @@ def test_an_interrupted_and_a_killed_run_continue_bitwise(world: World, whole: P
     code, _, stderr = finish(process)
     assert code == 130
     assert "Traceback" not in stderr
-    assert stderr.splitlines()[-1] == "train_dit: interrupted; start the same command again to go on from the last checkpoint"
+    assert (
+        stderr.splitlines()[-1]
+        == "train_dit: interrupted; start the same command again to go on from the last checkpoint"
+    )
 
     before = saved_lines(run)
     process = start("python", arguments)

@@ -29,7 +29,7 @@ from tests.data.clips import add, make_clip, make_image
 LENGTH = 64
 SIZES = "[[9, 32, 32], [1, 32, 32]]"
 CONFIG = f"""\
-run: {{dir: RUN, seed: 5}}
+run: {{dir: WORLD/run, seed: 5}}
 model:
   preset: cogvideox-5b
   layers: 2
@@ -108,7 +108,9 @@ def pack(source: Path, shards: Path) -> None:
 
 
 def save_tiny_vae(folder: Path, *, seed: int, scaling_factor: float = 0.7) -> None:
-    vae = VAE(VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_groups=2, scaling_factor=scaling_factor))
+    vae = VAE(
+        VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_groups=2, scaling_factor=scaling_factor)
+    )
     draw_parameters(vae, seed)
     hf.save_vae(vae, folder)
 
