@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "train": ["deepspeed>=0.18", "webdataset>=1.0", "tensorboard>=2.16", "transformers>=4.56", "sentencepiece>=0.2"],
-    "video": ["av>=14", "pillow>=11"],
+    "video": ["av>=16", "pillow>=11"],
     "vae": ["lpips>=0.1.4", "torchvision"],
     "export": ["diffusers>=0.34", "accelerate", "peft"],
     "demo": ["scikit-image>=0.25"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cogvideo_dist.config.load import ConfigError, load_config
+from cogvideo_dist.config.load import load_config
 from cogvideo_dist.config.schema import VAERun
 from cogvideo_dist.engine.trainer import DataLimits, Trainer
 from cogvideo_dist.parallel.mesh import ParallelMesh, stop
@@ -17,8 +17,6 @@ def main() -> None:
         "deepspeed --num_gpus 2 launch/train_vae.py --config configs/demo/vae.yaml",
     )
     config = load_config(VAERun, **split_config(parser.parse_args().config))
-    if config.data.source != "pixels":
-        raise ConfigError("data.source must be pixels to train the autoencoder")
     mesh, _ = join(read_place())
     train(config, mesh)
     stop()

@@ -308,6 +308,8 @@ class VAERun:
     def __post_init__(self) -> None:
         if self.train.zero_stage == 3:
             raise ValueError(
-                "train.zero_stage must be 0, 1 or 2 for the autoencoder: ranks run it once per size of clip, and stage 3 waits for "
-                "all of them in every forward"
+                "train.zero_stage must be 0, 1 or 2 for the autoencoder: ranks run it once per size of clip, and stage 3 "
+                "waits for all of them in every forward"
             )
+        if self.data.source != "pixels":
+            raise ValueError("data.source must be pixels to train the autoencoder")

@@ -51,7 +51,7 @@ def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
 
 
 class RunLog:
-    """Files of one run; ``first_step`` is where this start of it begins, so that what a killed start logged later is dropped."""
+    """Files of one run; ``first_step`` is where this start of it begins: what a killed start logged later is dropped."""
 
     def __init__(self, folder: Path, *, first_step: int, steps: int, speaks: bool) -> None:
         self.folder, self.speaks, self.noticed = folder, speaks, False

@@ -104,7 +104,8 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of this rank's share of the step's loss.
 
-        DeepSpeed averages over replicas and micro-steps; our loss is a share of a sum, so that mean is undone here and only here.
+        DeepSpeed averages over replicas and micro-steps; our loss is a share of a sum, so that mean is undone here, and
+        only here.
         """
         self._ds.backward(loss * (self.mesh.replica.size * self.micro_steps))
 

@@ -176,7 +176,9 @@ class DiT(nn.Module):
         emb = self.time(timestep)
         if self.config.ofs:
             if ofs is None:
-                raise ValueError("this model takes ofs, one value per clip (the released 1.5-5B-I2V is trained with 2.0)")
+                raise ValueError(
+                    "this model takes ofs, one value per clip (the released 1.5-5B-I2V is trained with 2.0)"
+                )
             emb = emb + self.ofs(ofs)
         condition = F.silu(emb)
         x = self.embed(vision, text, seq)

@@ -163,11 +163,12 @@ class LinearGateResidual(torch.autograd.Function):
         active = F.gelu(x, approximate="tanh") if ctx.gelu else x
         _, _, need_w, need_b, need_gate = ctx.needs_input_grad[:5]
         d_w, d_b, d_gate = torch.zeros_like(w), torch.zeros_like(b), torch.zeros_like(gate)
-        gated = torch.empty_like(grad)
+        gated, outer = torch.empty_like(grad), torch.empty_like(w)
         for start, stop, row in ctx.runs:
             piece = grad[start:stop]
             if need_w or need_b or need_gate:
-                outer, total = piece.t() @ active[start:stop], piece.sum(0)
+                torch.mm(piece.t(), active[start:stop], out=outer)
+                total = piece.sum(0)
                 d_gate[row] = torch.linalg.vecdot(w, outer) + b * total
                 d_w.addcmul_(outer, gate[row][:, None])
                 d_b.addcmul_(total, gate[row])

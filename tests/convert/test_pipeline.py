@@ -36,7 +36,12 @@ def test_the_public_pipeline_renders_the_same_video(
     hf.save_vae(vae, tmp_path / "vae")
     schedule = Schedule(ScheduleConfig(snr_shift=shift))
     settings = Sampling(
-        steps=5, sampler="ddim", guidance=3.0, guidance_kind=guidance_kind, size=size, fps=8  # type: ignore[arg-type]
+        steps=5,
+        sampler="ddim",
+        guidance=3.0,
+        guidance_kind=guidance_kind,
+        size=size,
+        fps=8,  # type: ignore[arg-type]
     )
     sampler = Sampler(model, vae, schedule, vae.config.scaling_factor, "chunked")
     text = torch.randn(model.config.text_length, model.config.text_dim, generator=torch.Generator().manual_seed(3))

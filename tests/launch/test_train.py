@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cogvideo_dist.engine.checkpoint import newest, verify
 from cogvideo_dist.parallel.mesh import ParallelMesh
-from safetensors.torch import load_file
 from tests.launch.commands import finish, last_step, start, wait_for_step
 from tests.launch.world import World, read_log, steps_of, train
 from tests.ranks import run_ranks

@@ -21,7 +21,8 @@ from tests.launch.world import World
 def batches(world: World, step: int, *, rank: int = 0, size: int = 1) -> list[Batch]:
     axis = Axis("dp", rank, size)
     settings = Data(
-        str(world.root / "shards"), "pixels", ((9, 32, 32), (1, 32, 32)), 8.0, tokens_per_pack=80, packs_per_step=2, held_out=2, workers=0,
+        str(world.root / "shards"), "pixels", ((9, 32, 32), (1, 32, 32)), 8.0, tokens_per_pack=80, packs_per_step=2,
+        held_out=2, workers=0,
     )  # fmt: skip
     data = RankData(settings, seed=1, geometry=latent_geometry, mesh=ParallelMesh(axis, axis))
     if step < 0:
@@ -49,9 +50,11 @@ def test_the_loss_is_the_mean_error_of_the_steps_pixels_and_the_kl(world: World,
             error = model.decode(z) - video
             total += float((error.abs() if kind == "l1" else error.square()).sum() + 0.01 * posterior.kl().sum())
             pixels += video.numel()
-    found = sum(float(task.loss(model, batch).total) for batch in batches(world, 2))
+    found = sum(float(task.loss(model, batch).total.detach()) for batch in batches(world, 2))
     assert found == pytest.approx(total / pixels, rel=1e-5)
-    dealt = sum(float(task.loss(model, b).total) for rank in (1, 0) for b in batches(world, 2, rank=rank, size=2))
+    dealt = sum(
+        float(task.loss(model, b).total.detach()) for rank in (1, 0) for b in batches(world, 2, rank=rank, size=2)
+    )
     assert dealt == pytest.approx(found, rel=1e-6)
 
 

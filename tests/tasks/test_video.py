@@ -100,7 +100,7 @@ def plain_errors(config: DiTRun, task: VideoTask, step: int) -> tuple[Tensor, Te
 def test_the_loss_is_the_mean_squared_velocity_error_of_the_step(config: DiTRun, task: VideoTask, step: int) -> None:
     errors, counts = plain_errors(config, task, step)
     assert len(counts.unique()) == 2, "clips and images"
-    found = sum(task.loss(task.model, batch).total for batch in batches(config, step))
+    found = sum(task.loss(task.model, batch).total.detach() for batch in batches(config, step))
     assert float(found) == pytest.approx(float(errors.sum() / counts.sum()), rel=1e-5)
 
 
@@ -108,7 +108,7 @@ def test_weighting_by_clip_counts_every_clip_alike(config: DiTRun, model: DiT, f
     by_clip = replace(config, diffusion=replace(config.diffusion, weighting="clip"))
     task = make(by_clip, model, frozen)
     errors, counts = plain_errors(config, task, 0)
-    found = sum(task.loss(task.model, batch).total for batch in batches(config, 0))
+    found = sum(task.loss(task.model, batch).total.detach() for batch in batches(config, 0))
     assert float(found) == pytest.approx(float((errors / counts).mean()), rel=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_the_loss_and_its_gradient_are_the_same_however_packs_are_dealt(
             for batch in batches(config, 3, rank=rank, size=ranks):
                 loss = task.loss(task.model, batch)
                 loss.total.backward()
-                total += float(loss.total)
+                total += float(loss.total.detach())
         results.append(
             (total, {name: p.grad.clone() for name, p in task.model.named_parameters() if p.grad is not None})
         )
@@ -147,13 +147,13 @@ def test_metrics_add_up_to_the_mean_error(config: DiTRun, task: VideoTask) -> No
 
 def test_what_is_drawn_changes_with_seed_step_and_visit_alone(config: DiTRun, model: DiT, frozen: FrozenModels) -> None:
     (batch, *_) = batches(config, 0)
-    loss = float(make(config, model, frozen).loss(model, batch).total)
-    assert float(make(config, model, frozen).loss(model, batch).total) == loss
-    assert float(make(config, model, frozen, seed=6).loss(model, batch).total) != loss
+    loss = float(make(config, model, frozen).loss(model, batch).total.detach())
+    assert float(make(config, model, frozen).loss(model, batch).total.detach()) == loss
+    assert float(make(config, model, frozen, seed=6).loss(model, batch).total.detach()) != loss
     later = replace(batch, plan=replace(batch.plan, step=1))
-    assert float(make(config, model, frozen).loss(model, later).total) != loss
+    assert float(make(config, model, frozen).loss(model, later).total.detach()) != loss
     again = replace(batch, samples=tuple(replace(s, slot=replace(s.slot, epoch=9)) for s in batch.samples))
-    assert float(make(config, model, frozen).loss(model, again).total) != loss
+    assert float(make(config, model, frozen).loss(model, again).total.detach()) != loss
 
 
 def test_timesteps_of_a_step_cover_every_stratum(config: DiTRun, task: VideoTask) -> None:
