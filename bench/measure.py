@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WARM_UPS = 2
+DISTURBANCE = 0.1
+TICK = 1 / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -33,26 +38,51 @@ class Setting:
 
 
 def interleaved(
-    sides: Mapping[str, Callable[[], object]], *, repeats: int, warm_ups: int = WARM_UPS
-) -> dict[str, list[float]]:
-    """Seconds of every side in every round. A round runs each side once, in an order that turns, so that what slows the
-    machine for a while slows all sides."""
+    sides: Mapping[str, Callable[[], object]], *, repeats: int, warm_ups: int = WARM_UPS, limit: float = 100.0
+) -> tuple[dict[str, list[float]], bool]:
+    """Seconds of ``repeats`` undisturbed runs of every side, and whether there were that many within ``limit`` seconds; if
+    not, those of all runs.
+
+    The sides take turns, in an order that turns too. A run is disturbed if other processes took more than ``DISTURBANCE``
+    of a core while it lasted.
+    """
     from tqdm import tqdm  # not needed by the GPU benchmark, which is to run with torch alone
 
-    names, times = list(sides), {name: list[float]() for name in sides}
-    for index in tqdm(range(warm_ups + repeats), desc="rounds", leave=False):
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
-            start = time.perf_counter()
-            sides[name]()
-            if index >= warm_ups:
-                times[name].append(time.perf_counter() - start)
-    return times
+    names = list(sides)
+    every, kept = ({name: list[float]() for name in names} for _ in range(2))
+    for name in names * warm_ups:
+        sides[name]()
+    end = time.monotonic() + limit
+    with tqdm(total=repeats * len(names), desc="undisturbed runs", leave=False) as progress:
+        for turn in itertools.count():
+            waiting = [name for name in names if len(kept[name]) < repeats]
+            if not waiting:
+                return kept, True
+            if time.monotonic() > end and min(map(len, every.values())) >= repeats:
+                return every, False
+            first = turn % len(waiting)
+            for name in waiting[first:] + waiting[:first]:
+                seconds, disturbed = timed(sides[name])
+                every[name].append(seconds)
+                if not disturbed:
+                    kept[name].append(seconds)
+                    progress.update()
 
 
-def times_faster(ours: list[float], peer: list[float]) -> float:
-    """The median over rounds of peer / ours: both sides of a ratio saw the same machine."""
-    return statistics.median(theirs / mine for mine, theirs in zip(ours, peer))
+def timed(run: Callable[[], object]) -> tuple[float, bool]:
+    """Seconds of a run and whether other processes disturbed it."""
+    busy, own, start = machine_seconds(), time.process_time(), time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    others = machine_seconds() - busy - (time.process_time() - own)
+    return seconds, others > DISTURBANCE * seconds + 2 * TICK
+
+
+def machine_seconds() -> float:
+    """Processor time that the whole machine has spent on anything since its start."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    user, nice, system, _idle, _waiting, irq, soft_irq, steal = fields[:8]
+    return (user + nice + system + irq + soft_irq + steal) * TICK
 
 
 def saved_bytes(forward: Callable[[], Tensor], *, parameters: Iterator[nn.Parameter]) -> int:

@@ -41,15 +41,14 @@ def main() -> None:
     args = parser.parse_args()
     machine, notes, raw, rows = environment(), [], {}, []
     if machine["load_before"] > QUIET_LOAD:
-        notes.append(
-            f"the machine was busy before the start (load {machine['load_before']} > {QUIET_LOAD}): the times say little, "
-            "the ratios less than usual; repeat on an idle machine"
-        )
+        notes.append(f"the machine was busy before the start: load {machine['load_before']} > {QUIET_LOAD}")
     for index, name in enumerate(args.only, start=1):
         print(f"[{index}/{len(args.only)}] {name} ...", file=sys.stderr, flush=True)
         start = time.monotonic()
         raw[name] = measure(name)
         rows += BENCHMARKS[name](raw[name])
+        if not raw[name].get("undisturbed", True):
+            notes.append(f"other processes disturbed {name} all along: its times and their ratios say little")
         print(f"[{index}/{len(args.only)}] {name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     print(table(rows), *(f"\n{note}" for note in notes))
     write(Report("CPU benchmarks: ours against diffusers", machine, rows, notes, raw), args.out, "cpu")

@@ -191,7 +191,7 @@ class Downsample(nn.Conv2d):
         super().__init__(channels, channels, 3, stride=2)
         self.in_time = in_time
 
-    def forward(self, x: Tensor, time: TimeContext) -> Tensor:
+    def forward(self, x: Tensor, time: TimeContext) -> Tensor:  # type: ignore[override]
         """[B, C, T, H, W] -> [B, C, T', H/2, W/2]"""
         if self.in_time:
             head, pairs = x[:, :, : int(time.first)], x[:, :, int(time.first) :]
@@ -211,10 +211,10 @@ class Upsample(nn.Conv2d):
         super().__init__(channels, channels, 3, padding=1)
         self.in_time = in_time
 
-    def forward(self, x: Tensor, time: TimeContext) -> Tensor:
+    def forward(self, x: Tensor, time: TimeContext) -> Tensor:  # type: ignore[override]
         """[B, C, T, H, W] -> [B, C, T', 2H, 2W]"""
         kernel = phase_kernels(phase_kernels(self.weight, 2), 4)  # [x phase, y phase, C, C, 2, 2]
-        bias = self.bias.repeat(4)
+        bias = self.bias.repeat(4)  # type: ignore[union-attr]
         corners = F.conv2d(frames_as_batch(x), kernel.flatten(0, 2), bias, padding=1)
         # [B*T, 4C, H+1, W+1] -> [x phase, y phase, B, C, T, H+1, W+1]
         corners = corners.unflatten(1, (2, 2, -1)).unflatten(0, (x.shape[0], -1)).permute(2, 3, 0, 4, 1, 5, 6)

@@ -69,7 +69,7 @@ def rope_pair(config: DiTConfig, layout: PackLayout) -> tuple[Tensor, Tensor] | 
 
 @pytest.fixture
 def rotation_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
-    """diffusers rounds queries and keys to float32 while it rotates them, which alone costs 3e-9: here its formula in float64."""
+    """diffusers rounds queries and keys to float32 while rotating them, which costs 3e-9: here its formula in float64."""
 
     def apply_rotary_emb(x: Tensor, freqs: tuple[Tensor, Tensor]) -> Tensor:
         real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
