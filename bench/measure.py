@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import statistics
 import time
@@ -54,10 +53,8 @@ def interleaved(
         sides[name]()
     end = time.monotonic() + limit
     with tqdm(total=repeats * len(names), desc="undisturbed runs", leave=False) as progress:
-        for turn in itertools.count():
-            waiting = [name for name in names if len(kept[name]) < repeats]
-            if not waiting:
-                return kept, True
+        turn = 0
+        while waiting := [name for name in names if len(kept[name]) < repeats]:
             if time.monotonic() > end and min(map(len, every.values())) >= repeats:
                 return every, False
             first = turn % len(waiting)
@@ -67,6 +64,8 @@ def interleaved(
                 if not disturbed:
                     kept[name].append(seconds)
                     progress.update()
+            turn += 1
+    return kept, True
 
 
 def timed(run: Callable[[], object]) -> tuple[float, bool]:

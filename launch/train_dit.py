@@ -6,6 +6,7 @@ import torch
 
 from cogvideo_dist.config.load import load_config
 from cogvideo_dist.config.schema import DiTRun
+from cogvideo_dist.data.loader import check_ranks
 from cogvideo_dist.engine.trainer import DataLimits, Trainer
 from cogvideo_dist.parallel.mesh import ParallelMesh, stop
 from cogvideo_dist.tasks.video import VideoTask
@@ -20,7 +21,9 @@ def main() -> None:
         "deepspeed --num_gpus 2 launch/train_dit.py --config configs/demo/dit.yaml train.steps=20",
     )
     config = load_config(DiTRun, **split_config(parser.parse_args().config))
-    mesh, device = join(read_place())
+    place = read_place()
+    check_ranks(config.data.packs_per_step, place.world)
+    mesh, device = join(place)
     train(config, mesh, device=device)
     stop()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cogvideo_dist.config.load import load_config
 from cogvideo_dist.config.schema import VAERun
+from cogvideo_dist.data.loader import check_ranks
 from cogvideo_dist.engine.trainer import DataLimits, Trainer
 from cogvideo_dist.parallel.mesh import ParallelMesh, stop
 from cogvideo_dist.tasks.vae import VAETask
@@ -17,7 +18,9 @@ def main() -> None:
         "deepspeed --num_gpus 2 launch/train_vae.py --config configs/demo/vae.yaml",
     )
     config = load_config(VAERun, **split_config(parser.parse_args().config))
-    mesh, _ = join(read_place())
+    place = read_place()
+    check_ranks(config.data.packs_per_step, place.world)
+    mesh, _ = join(place)
     train(config, mesh)
     stop()
 

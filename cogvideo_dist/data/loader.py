@@ -91,6 +91,16 @@ class _Packs(Dataset[Read]):
         )
 
 
+def check_ranks(packs_per_step: int, dp_size: int) -> None:
+    """Refuse a number of data-parallel ranks over which a step's packs do not divide."""
+    if packs_per_step % dp_size:
+        sizes = ", ".join(str(size) for size in range(1, packs_per_step + 1) if packs_per_step % size == 0)
+        raise ValueError(
+            f"data.packs_per_step {packs_per_step} does not divide over {dp_size} data-parallel ranks; "
+            f"numbers of ranks that do: {sizes}"
+        )
+
+
 class Loader:
     """The batches of data-parallel rank ``dp_rank`` of ``dp_size``: pack ``micro * dp_size + dp_rank`` of every step.
 
@@ -101,13 +111,7 @@ class Loader:
     def __init__(
         self, plan: Plan, reader: ShardReader, *, data: Data, geometry: Geometry, dp_rank: int, dp_size: int
     ) -> None:
-        packs = data.packs_per_step
-        if packs % dp_size:
-            sizes = ", ".join(str(size) for size in range(1, packs + 1) if packs % size == 0)
-            raise ValueError(
-                f"data.packs_per_step {packs} does not divide over {dp_size} data-parallel ranks; "
-                f"numbers of ranks that do: {sizes}"
-            )
+        check_ranks(data.packs_per_step, dp_size)
         self.plan, self.geometry, self.workers = plan, geometry, data.workers
         self.packs = _Packs(plan, reader, data)
         self.dp_rank, self.dp_size = dp_rank, dp_size

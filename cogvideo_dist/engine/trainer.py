@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cogvideo_dist.config.schema import Checkpoint, Log, Run, Train, Validation
-from cogvideo_dist.engine.checkpoint import CheckpointError, Saved, check_about, checkpoints, load, newest, save
+from cogvideo_dist.engine.checkpoint import CheckpointError, Saved, check_about, load, newest, save
 from cogvideo_dist.engine.flops import peak_flops
 from cogvideo_dist.engine.log import Meter, RunLog, means, peak_memory
 from cogvideo_dist.engine.optim import learning_rate, state_keys
@@ -85,12 +85,14 @@ class Trainer:
             # What is saved has been seen to be finite, and an interrupted run reports over the same steps as a whole one.
             if saving or done % self.settings.log.every == 0:
                 self._report(done)
+            begun = time.monotonic()
             if last or _due(done, self.settings.validation.every):
                 self.validate(done)
             if last or _due(done, self.settings.validation.samples_every):
                 self.show(done)
             if saving:
                 self.save(done)
+            self.since += time.monotonic() - begun  # judging and saving are no part of the steps' time
 
     def _start(self) -> tuple[int, Engine]:
         """The engine, with the state of the newest whole checkpoint if there is one. All ranks take the same."""
@@ -250,6 +252,3 @@ class DataLimits:
 
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
-
-
-__all__ = ["Batches", "DataLimits", "Settings", "Trainer", "checkpoints"]

@@ -138,8 +138,7 @@ class NormRotateAttend(torch.autograd.Function):
 class LinearGateResidual(torch.autograd.Function):
     """y = residual + gate[row] * (f(x) @ w.T + b), f = GELU (tanh form) or identity, keeping x alone.
 
-    The gate is constant over a run, so with G = dy.T @ f(x) of that run: dw += gate * G and
-    dgate = rowsum(w * G) + b * sum(dy): the linear's output is neither kept nor made again.
+    The linear's output, which the gradient of the gate seems to want, is not kept: see ``_gate_gradients``.
     """
 
     @staticmethod
@@ -161,19 +160,44 @@ class LinearGateResidual(torch.autograd.Function):
         x = x if ctx.again is None else ctx.again()
         ctx.again = None
         active = F.gelu(x, approximate="tanh") if ctx.gelu else x
-        _, _, need_w, need_b, need_gate = ctx.needs_input_grad[:5]
-        d_w, d_b, d_gate = torch.zeros_like(w), torch.zeros_like(b), torch.zeros_like(gate)
-        gated, outer = torch.empty_like(grad), torch.empty_like(w)
+        gated = torch.empty_like(grad)
         for start, stop, row in ctx.runs:
-            piece = grad[start:stop]
-            if need_w or need_b or need_gate:
-                torch.mm(piece.t(), active[start:stop], out=outer)
-                total = piece.sum(0)
-                d_gate[row] = torch.linalg.vecdot(w, outer) + b * total
-                d_w.addcmul_(outer, gate[row][:, None])
-                d_b.addcmul_(total, gate[row])
-            torch.mul(piece, gate[row], out=gated[start:stop])
+            torch.mul(grad[start:stop], gate[row], out=gated[start:stop])
+        d_w = d_b = d_gate = None
+        if any(ctx.needs_input_grad[2:5]):
+            short = len(grad) < SHORT_RUN * len(ctx.runs)
+            gradients = _gradients_by_output if short else _gradients_by_products
+            d_w, d_b, d_gate = gradients(grad, gated, active=active, linear=(w, b), gate=gate, runs=ctx.runs)
         d_x = torch.mm(gated, w, out=active if ctx.gelu else None)  # the widest tensor of the block: one less of it
         if ctx.gelu:
             aten.gelu_backward(d_x, x, approximate="tanh", grad_input=d_x)
-        return grad, d_x, d_w if need_w else None, d_b if need_b else None, d_gate, None, None, None
+        return grad, d_x, d_w, d_b, d_gate, None, None, None
+
+
+SHORT_RUN = 512
+"""Mean tokens of a run below which a product of the weight's size per run costs more than the linear once more."""
+
+
+def _gradients_by_products(
+    grad: Tensor, gated: Tensor, *, active: Tensor, linear: tuple[Tensor, Tensor], gate: Tensor, runs: Sequence[Run]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of w, b and gate. The gate is constant over a run, so with G = grad.T @ active of that run: d_w += gate * G and
+    d_gate = rowsum(w * G) + b * sum(grad), which makes no output of the linear and costs no product more."""
+    w, b = linear
+    d_w, d_gate, outer = torch.zeros_like(w), torch.zeros_like(gate), torch.empty_like(w)
+    for start, stop, row in runs:
+        piece = grad[start:stop]
+        torch.mm(piece.t(), active[start:stop], out=outer)
+        d_w.addcmul_(outer, gate[row][:, None])
+        d_gate[row] = outer.mul_(w).sum(1) + b * piece.sum(0)
+    return d_w, gated.sum(0), d_gate
+
+
+def _gradients_by_output(
+    grad: Tensor, gated: Tensor, *, active: Tensor, linear: tuple[Tensor, Tensor], gate: Tensor, runs: Sequence[Run]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of w, b and gate, with the linear's output made again."""
+    share, d_gate = F.linear(active, *linear).mul_(grad), torch.zeros_like(gate)
+    for start, stop, row in runs:
+        d_gate[row] = share[start:stop].sum(0)
+    return gated.t() @ active, gated.sum(0), d_gate
