@@ -10,7 +10,7 @@ EXTRAS = {
     "vae": ["lpips>=0.1.4", "torchvision"],
     "export": ["diffusers>=0.34", "accelerate", "peft"],
     "demo": ["scikit-image>=0.25"],
-    "dev": ["pytest>=8", "ruff", "mypy", "types-PyYAML", "matplotlib>=3.9"],
+    "dev": ["pytest>=8", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "matplotlib>=3.9"],
 }
 
 version = next(
