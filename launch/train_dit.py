@@ -7,10 +7,9 @@ import torch
 from cogvideo_dist.config.load import load_config
 from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.data.loader import check_ranks
-from cogvideo_dist.engine.trainer import DataLimits, Trainer
 from cogvideo_dist.parallel.mesh import ParallelMesh, stop
 from cogvideo_dist.tasks.video import VideoTask
-from launch.compose import RankData, build_transformer, load_frozen, prepare_folder, transformer_geometry
+from launch.compose import RankData, build_transformer, load_frozen, run_training, transformer_geometry
 from launch.environment import config_parser, join, read_place, run_command, split_config
 
 
@@ -41,12 +40,7 @@ def train(config: DiTRun, mesh: ParallelMesh, *, device: torch.device) -> None:
         validation=config.validation,
         seed=config.run.seed,
     )
-    prepare_folder(config, mesh, plan=data.plan)
-    limits = DataLimits(
-        micro_steps=data.loader.micro_steps, tokens_per_pack=config.data.tokens_per_pack,
-        max_bad_share=config.data.max_bad_share,
-    )  # fmt: skip
-    Trainer(config, task, batches=data, mesh=mesh, data_limits=limits).run()
+    run_training(config, task, data=data, mesh=mesh)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,9 @@ from __future__ import annotations
 from cogvideo_dist.config.load import load_config
 from cogvideo_dist.config.schema import VAERun
 from cogvideo_dist.data.loader import check_ranks
-from cogvideo_dist.engine.trainer import DataLimits, Trainer
 from cogvideo_dist.parallel.mesh import ParallelMesh, stop
 from cogvideo_dist.tasks.vae import VAETask
-from launch.compose import RankData, build_vae, latent_geometry, prepare_folder
+from launch.compose import RankData, build_vae, latent_geometry, run_training
 from launch.environment import config_parser, join, read_place, run_command, split_config
 
 
@@ -29,12 +28,7 @@ def train(config: VAERun, mesh: ParallelMesh) -> None:
     """The whole run, on this rank of ``mesh``."""
     data = RankData(config.data, seed=config.run.seed, geometry=latent_geometry, mesh=mesh)
     task = VAETask(build_vae(config), config.loss, seed=config.run.seed, fps=config.data.fps)
-    prepare_folder(config, mesh, plan=data.plan)
-    limits = DataLimits(
-        micro_steps=data.loader.micro_steps, tokens_per_pack=config.data.tokens_per_pack,
-        max_bad_share=config.data.max_bad_share,
-    )  # fmt: skip
-    Trainer(config, task, batches=data, mesh=mesh, data_limits=limits).run()
+    run_training(config, task, data=data, mesh=mesh)
 
 
 if __name__ == "__main__":

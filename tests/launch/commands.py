@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,12 +27,12 @@ def environment() -> dict[str, str]:
     return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def start(launcher: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
+def start(launcher: str, arguments: Sequence[str], *, script: Sequence[str] = (SCRIPT,)) -> subprocess.Popen[str]:
     command = list(LAUNCHERS[launcher])
     if launcher != "python":
         command.append(str(free_port()))
     return subprocess.Popen(
-        [*command, SCRIPT, "--config", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*command, *script, "--config", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=ROOT, env=environment(), start_new_session=True,
     )  # fmt: skip
 
@@ -53,12 +52,3 @@ def last_step(run: Path) -> int:
     path = run / "log.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return int(lines[-1].split(",")[0].removeprefix('{"step": ')) if lines else -1
-
-
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    end = time.monotonic() + TIMEOUT_S
-    while last_step(run) < step:
-        if process.poll() is not None or time.monotonic() > end:
-            os.killpg(process.pid, 9)
-            raise AssertionError(f"step {step} was not reached: {process.communicate()[1]}")
-        time.sleep(0.002)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -14,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from cogvideo_dist.engine.checkpoint import newest, verify
+from cogvideo_dist.engine.log import RunLog
 from cogvideo_dist.parallel.mesh import ParallelMesh
-from tests.launch.commands import finish, last_step, start, wait_for_step
+from tests.launch.commands import ROOT, finish, last_step, start
 from tests.launch.world import World, read_log, steps_of, train
 from tests.ranks import run_ranks
 
 STEPS = 10
+CALLS = 9  # that tests/launch/ending.py counts in a step: 4 micro-steps of 2, and a line of the log
 EXACT = ("loss", "gradient_norm", "learning_rate", "loss/quartile1", "loss/quartile4")
 FREQUENT = ("checkpoint.every=3", "data.workers=1")
 
@@ -79,15 +79,12 @@ def test_every_zero_stage_on_any_ranks_computes_the_run(world: World, whole: Pat
 def test_an_interrupted_and_a_killed_run_continue_bitwise(world: World, whole: Path) -> None:
     """The same command three times: ended by Ctrl-C, by SIGKILL, and by itself."""
     seed = random.SystemRandom().randrange(1000)
-    print(f"random steps of seed {seed}")
-    first, second = sorted(random.Random(seed).sample(range(1, 5), 2))  # early: a step takes milliseconds
+    print(f"random calls of seed {seed}")
+    draw = random.Random(seed)
     run = world.root / "interrupted"
     arguments = [str(world.file), *world.overrides(run, *FREQUENT)]
 
-    process = start("python", arguments)
-    wait_for_step(process, run, first)
-    process.send_signal(signal.SIGINT)
-    code, _, stderr = finish(process)
+    code, _, stderr = finish(start("python", arguments, script=ending(draw.randrange(1, 6 * CALLS), "SIGINT")))
     assert code == 130
     assert "Traceback" not in stderr
     assert (
@@ -96,10 +93,9 @@ def test_an_interrupted_and_a_killed_run_continue_bitwise(world: World, whole: P
     )
 
     before = saved_lines(run)
-    process = start("python", arguments)
-    wait_for_step(process, run, max(second, last_step(run) + 1, 4))
-    process.kill()
-    assert finish(process)[0] == -signal.SIGKILL
+    reached = int(newest(run / "ckpt")[0].name.removeprefix("step-")) if before else 0
+    call = draw.randrange(1 + CALLS * max(1, 4 - reached), CALLS * (STEPS - reached))
+    assert finish(start("python", arguments, script=ending(call, "SIGKILL")))[0] == -signal.SIGKILL
     assert (run / "log.jsonl").read_text().startswith(before)
 
     before = saved_lines(run)
@@ -108,6 +104,10 @@ def test_an_interrupted_and_a_killed_run_continue_bitwise(world: World, whole: P
     assert code == 0, stderr
     assert (run / "log.jsonl").read_text().startswith(before), "steps before the checkpoint are not taken again"
     assert_bitwise(run, whole)
+
+
+def ending(call: int, by: str) -> tuple[str, ...]:
+    return (str(ROOT / "tests" / "launch" / "ending.py"), str(call), by)
 
 
 def saved_lines(run: Path) -> str:
@@ -120,15 +120,14 @@ def saved_lines(run: Path) -> str:
 
 def killed(mesh: ParallelMesh, file: Path, overrides: list[str], step: int) -> None:
     """``train``, in which the first rank dies as soon as it has logged ``step``."""
-    run = Path(overrides[0].removeprefix("run.dir="))
+    scalars = RunLog.scalars
 
-    def watch() -> None:
-        while last_step(run) < step:
-            time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGKILL)
+    def die(log: RunLog, done: int, values: dict[str, float]) -> None:
+        scalars(log, done, values)
+        if mesh.is_first and done == step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    if mesh.is_first:
-        threading.Thread(target=watch, daemon=True).start()
+    RunLog.scalars = die  # type: ignore[method-assign]  # the process is this rank's own
     train(mesh, file, overrides)
 
 
