@@ -31,6 +31,7 @@ def counted(function: Callable[..., Any], calls: count[int], *, last: int, by: s
 
 if __name__ == "__main__":
     _, last, name, *rest = sys.argv
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     calls = count()
     for owner, method in ((Engine, "backward"), (Engine, "step"), (RunLog, "scalars")):
         setattr(owner, method, counted(getattr(owner, method), calls, last=int(last), by=signal.Signals[name]))
