@@ -17,6 +17,11 @@ TEMPORAL, SPATIAL = 4, 8
 """Compression of the autoencoder: 4 frames (after the first) and 8 x 8 pixels to one latent."""
 
 
+AttentionName = Literal["auto", "cpu", "efficient", "cudnn", "flash", "varlen", "flex", "flash_attn"]
+"""Attention back ends: chosen for the device, torch's fused kernels clip by clip (cpu, efficient, cudnn, flash), its varlen and
+flex attention over whole packs, the flash-attn package."""
+
+
 def positive(section: str, **values: float | None) -> None:
     """Refuse values that are not above zero, naming the first."""
     for name, value in values.items():
@@ -77,6 +82,25 @@ class Model:
     def transformer(self) -> DiTConfig:
         preset = PRESETS[self.preset]
         return DiTConfig(**{**vars(preset), **self.changes()})
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How many ranks share a sample: ``sp`` = ``ulysses`` x ``ring`` over its tokens, ``tp`` over features; the rest are data
+    parallel. ``cp`` splits a video's frames over ranks of a sample. ``attention`` names the back end.
+
+    Left out, ulysses takes what one node and the heads allow, and the ring the rest.
+    """
+
+    sp: int = 1
+    tp: int = 1
+    ulysses: int | None = None
+    ring: int | None = None
+    cp: int = 1
+    attention: AttentionName = "auto"
+
+    def __post_init__(self) -> None:
+        positive("parallel", sp=self.sp, tp=self.tp, ulysses=self.ulysses, ring=self.ring, cp=self.cp)
 
 
 @dataclass(frozen=True)
@@ -248,6 +272,7 @@ class DiTRun:
     data: Data
     train: Train
     checkpoint: Checkpoint
+    parallel: Parallel = field(default_factory=Parallel)
     frozen: Frozen = field(default_factory=Frozen)
     diffusion: Diffusion = field(default_factory=Diffusion)
     log: Log = field(default_factory=Log)

@@ -1,6 +1,10 @@
 """The expert-AdaLN diffusion transformer with 3D full attention (Yang et al. 2024, arXiv 2408.06072), over packs.
 
-Legend: n = tokens of the pack, d = hidden, r = 2 * clips rows of modulation (text, vision of each clip), e = time embedding.
+One definition serves every parallel layout: ``tp`` given to the constructor slices what is wide, ``seq`` given to the forward
+says which tokens are here, and neither is asked whether it is more than one rank.
+
+Legend: n = tokens of this rank, w = tokens of its tp ranks together, m = tokens of its Ulysses ranks together, d = hidden,
+r = 2 * clips rows of modulation (text, vision of each clip), e = time embedding.
 """
 
 from __future__ import annotations
@@ -17,13 +21,27 @@ from cogvideo_dist.models.embed import rope_table, sincos_table, timestep_sinuso
 from cogvideo_dist.models.fused import LinearGateResidual, NormAffineLinear, NormRotateAttend, norm_affine
 from cogvideo_dist.models.init import Initial, constant, normal, xavier
 from cogvideo_dist.models.presets import DiTConfig
-from cogvideo_dist.pack.layout import VISION, Clip, PackLayout, Run
+from cogvideo_dist.pack.layout import TEXT, VISION, Clip, PackLayout
 from cogvideo_dist.pack.patch import grid_of, patchify, unpatchify
-from cogvideo_dist.pack.shard import SequenceShard
+from cogvideo_dist.pack.shard import Rows, SequenceShard, joined
+from cogvideo_dist.parallel.mesh import Axis, ParallelMesh
+from cogvideo_dist.parallel.ops import enter
+from cogvideo_dist.parallel.split import Split
 
 Recompute = Literal["none", "feed_forward", "all_but_attention", "full"]
 """What the backward makes again: nothing but elementwise work; also the first feed-forward linear; every linear that
 attention does not need; the whole block (attention too)."""
+
+
+SPLITS = {
+    ("qkv", "weight"): Split(dim=0, stacked=3),
+    ("qkv", "bias"): Split(dim=0, stacked=3),
+    ("out", "weight"): Split(dim=1),
+    ("ff1", "weight"): Split(dim=0),
+    ("ff1", "bias"): Split(dim=0),
+    ("ff2", "weight"): Split(dim=1),
+}
+"""A block's (linear, parameter) -> its division over tp: by heads or features that go out (dim 0) or come in (dim 1)."""
 
 
 class TimeEmbedding(nn.Module):
@@ -41,11 +59,13 @@ class TimeEmbedding(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Text features and latent patches of a pack -> its sequence [n, d], with absolute positions where the model has them."""
+    """This rank's text features and latent patches -> its part of the sequence [n, d], with absolute positions if any."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    zero_unit = True  # its parameters are read across its submodules, so ZeRO-3 gathers it as a whole
+
+    def __init__(self, config: DiTConfig, tp: Axis) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.tp = config, tp
         self.patch = nn.Linear(config.patch_features_in, config.hidden)
         self.text = nn.Linear(config.text_dim, config.hidden)
         if config.learned_positions:
@@ -53,69 +73,81 @@ class Embedding(nn.Module):
             self.positions = nn.Parameter(torch.empty(config.text_length + t * h * w, config.hidden))
 
     def forward(self, vision: Tensor, text: Tensor, seq: SequenceShard) -> Tensor:
-        tokens = self.patch(vision)
+        linears = (self.patch.weight, self.patch.bias, self.text.weight, self.text.bias)
+        patch_w, patch_b, text_w, text_b = enter(linears, self.tp)
+        tokens = F.linear(vision, patch_w, patch_b)
         if self.config.positions == "sincos":
-            tokens = tokens + sincos_table(self.config, seq.layout, device=tokens.device, dtype=tokens.dtype)
-        joint = seq.interleave(self.text(text), tokens)
-        return joint + self._learned(seq.layout) if self.config.learned_positions else joint
+            tokens = tokens + sincos_table(
+                self.config, seq.layout.clips, spans=seq.spans, device=tokens.device, dtype=tokens.dtype
+            )
+        joint = seq.interleave(F.linear(text, text_w, text_b), tokens)
+        return joint + self._learned(seq) if self.config.learned_positions else joint
 
-    def _learned(self, layout: PackLayout) -> Tensor:
+    def _learned(self, seq: SequenceShard) -> Tensor:
         base = Clip(self.config.text_length, self.config.sample_grid)
-        for clip in layout.clips:
+        for clip in seq.layout.clips:
             if clip != base:
                 raise ValueError(
                     f"this model's learned positions serve only {base.text} text tokens and a grid of {base.grid} patches; "
                     f"found {clip.text} and {clip.grid}"
                 )
-        return self.positions.repeat(len(layout.clips), 1)
+        (positions,) = enter((self.positions,), self.tp)
+        starts = {TEXT: 0, VISION: base.text}
+        pieces = [positions[starts[span.kind] + span.start : starts[span.kind] + span.stop] for span in seq.spans]
+        return joined(pieces, positions)
 
 
 class Block(nn.Module):
     """One layer: AdaLN, attention, gate; AdaLN, feed-forward, gate. All of its linears are shared by text and vision."""
 
-    zero_unit = True  # its parameters are read across its submodules, so ZeRO-3 gathers the block as a whole
+    zero_unit = True
 
-    def __init__(self, config: DiTConfig, recompute: Recompute) -> None:
+    def __init__(self, config: DiTConfig, recompute: Recompute, tp: Axis) -> None:
         super().__init__()
         d = config.hidden
-        self.config, self.recompute = config, recompute
+        self.config, self.recompute, self.tp = config, recompute, tp
         self.modulation = nn.Linear(config.time_embed_dim, 12 * d)
         self.norm1 = nn.LayerNorm(d, config.norm_eps)
-        self.qkv = nn.Linear(d, 3 * d)
+        self.qkv = nn.Linear(d, 3 * d // tp.size)
         self.norm_q = nn.LayerNorm(config.head_dim, config.head_norm_eps)
         self.norm_k = nn.LayerNorm(config.head_dim, config.head_norm_eps)
-        self.out = nn.Linear(d, d)
+        self.out = nn.Linear(d // tp.size, d)
         self.norm2 = nn.LayerNorm(d, config.norm_eps)
-        self.ff1 = nn.Linear(d, 4 * d)
-        self.ff2 = nn.Linear(4 * d, d)
+        self.ff1 = nn.Linear(d, 4 * d // tp.size)
+        self.ff2 = nn.Linear(4 * d // tp.size, d)
 
     def forward(self, x: Tensor, condition: Tensor, rope: Tensor | None, seq: SequenceShard) -> Tensor:
-        """x [n, d], condition [clips, e] (after SiLU), rope [n, head_dim/2] -> [n, d]."""
+        """x [n, d], condition [clips, e] (after SiLU), rope [m, head_dim/2] -> [n, d]."""
+        (weight1, bias1, gate1, weight2, bias2, gate2), head_norms = self._entered(condition)
+        rows, eps = seq.rows, self.config.norm_eps
+        again_qkv = again_ff = None
+        qkv = self._heads(NormAffineLinear.apply(x, weight1, bias1, self.qkv.weight, self.qkv.bias, rows, eps))
+        if self.recompute == "all_but_attention":
+            again_qkv = Again(self.qkv, x, weight1, bias1, rows=rows, eps=eps, shape=self._heads)
+        attended = NormRotateAttend.apply(qkv, *head_norms, rope, seq, self.config.head_norm_eps, again_qkv)
+        x = LinearGateResidual.apply(
+            x, attended.flatten(1), self.out.weight, self.out.bias, gate1, rows, False, None)  # fmt: skip
+        wide = NormAffineLinear.apply(x, weight2, bias2, self.ff1.weight, self.ff1.bias, rows, eps)
+        if self.recompute != "none":
+            again_ff = Again(self.ff1, x, weight2, bias2, rows=rows, eps=eps, shape=None)
+        return LinearGateResidual.apply(x, wide, self.ff2.weight, self.ff2.bias, gate2, rows, True, again_ff)
+
+    def _entered(self, condition: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """What every tp rank holds alike and uses on tokens and heads of its own: the modulation as weight, bias and gate of
+        attention and of the feed-forward, [r, d] each, and the norms of q and k."""
         # [clips, 12*d] -> [2*clips, 6, d]
         table = self.modulation(condition).view(2 * len(condition), 6, -1)
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(1)
-        again_qkv = again_ff = None
-        weight, bias = fold_affine(self.norm1, shift1, scale1)
-        qkv = self._heads(NormAffineLinear.apply(
-            x, weight, bias, self.qkv.weight, self.qkv.bias, seq.runs, self.config.norm_eps))  # fmt: skip
-        if self.recompute == "all_but_attention":
-            again_qkv = Again(self.qkv, x, weight, bias, runs=seq.runs, eps=self.config.norm_eps, shape=self._heads)
-        attended = NormRotateAttend.apply(
-            qkv, self.norm_q.weight, self.norm_q.bias, self.norm_k.weight, self.norm_k.bias,
-            rope, seq.groups, self.config.head_norm_eps, again_qkv,
+        modulation = (
+            *fold_affine(self.norm1, shift1, scale1), gate1, *fold_affine(self.norm2, shift2, scale2), gate2,
         )  # fmt: skip
-        x = LinearGateResidual.apply(
-            x, attended.flatten(1), self.out.weight, self.out.bias, gate1, seq.runs, False, None)  # fmt: skip
-        weight, bias = fold_affine(self.norm2, shift2, scale2)
-        wide = NormAffineLinear.apply(
-            x, weight, bias, self.ff1.weight, self.ff1.bias, seq.runs, self.config.norm_eps)  # fmt: skip
-        if self.recompute != "none":
-            again_ff = Again(self.ff1, x, weight, bias, runs=seq.runs, eps=self.config.norm_eps, shape=None)
-        return LinearGateResidual.apply(x, wide, self.ff2.weight, self.ff2.bias, gate2, seq.runs, True, again_ff)
+        norms = (self.norm_q.weight, self.norm_q.bias, self.norm_k.weight, self.norm_k.bias)
+        entered = enter((*modulation, *norms), self.tp)
+        return entered[:6], entered[6:]
 
     def _heads(self, qkv: Tensor) -> Tensor:
-        """[n, 3*d] -> [n, 3, heads, head_dim]."""
-        return qkv.unflatten(-1, (3, self.config.heads, self.config.head_dim))
+        """[w, 3 * heads * head_dim] -> [w, 3, heads, head_dim], the heads of this tp rank."""
+        return qkv.unflatten(-1, (3, -1, self.config.head_dim))
 
 
 def fold_affine(norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,23 +158,24 @@ def fold_affine(norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> tuple[Tenso
 class Again:
     """Makes a ``NormAffineLinear``'s output again from its input, in the backward."""
 
-    def __init__(self, linear: nn.Linear, *inputs: Tensor, runs: tuple[Run, ...], eps: float, shape: object) -> None:
-        self.linear, self.runs, self.eps, self.shape = linear, runs, eps, shape
+    def __init__(self, linear: nn.Linear, *inputs: Tensor, rows: Rows, eps: float, shape: object) -> None:
+        self.linear, self.rows, self.eps, self.shape = linear, rows, eps, shape
         self.inputs = tuple(tensor.detach() for tensor in inputs)
 
     def __call__(self) -> Tensor:
         x, weight, bias = self.inputs
-        y = self.linear(norm_affine(x, weight, bias, runs=self.runs, eps=self.eps))
+        y = self.linear(self.rows.gather(norm_affine(x, weight, bias, runs=self.rows.runs, eps=self.eps)).wait())
         return self.shape(y) if callable(self.shape) else y
 
 
 class Head(nn.Module):
-    """The final norm, AdaLN and linear, for vision tokens alone -> [n_vision, patch features]."""
+    """The final norm, AdaLN and linear, for this rank's vision tokens alone -> [n_vision, patch features]."""
 
     zero_unit = True
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, tp: Axis) -> None:
         super().__init__()
+        self.tp = tp
         self.norm_final = nn.LayerNorm(config.hidden, config.norm_eps)
         self.modulation = nn.Linear(config.time_embed_dim, 2 * config.hidden)
         self.norm_out = nn.LayerNorm(config.hidden, config.out_norm_eps)
@@ -150,29 +183,35 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, seq: SequenceShard) -> Tensor:
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
-        weight, bias = fold_affine(self.norm_out, shift, scale)
-        x = self.norm_final(seq.only(x, VISION))
-        return NormAffineLinear.apply(
-            x, weight, bias, self.proj.weight, self.proj.bias, seq.vision_runs, self.norm_out.eps)  # fmt: skip
+        final, proj = self.norm_final, self.proj
+        alike = (final.weight, final.bias, *fold_affine(self.norm_out, shift, scale), proj.weight, proj.bias)
+        final_w, final_b, weight, bias, proj_w, proj_b = enter(alike, self.tp)
+        x = F.layer_norm(seq.only(x, VISION), x.shape[-1:], final_w, final_b, final.eps)
+        return NormAffineLinear.apply(x, weight, bias, proj_w, proj_b, seq.vision_rows, self.norm_out.eps)
 
 
 class DiT(nn.Module):
     """Predicts the velocity of every vision token of a pack."""
 
-    def __init__(self, config: DiTConfig, *, recompute: Recompute = "none") -> None:
+    def __init__(self, config: DiTConfig, *, recompute: Recompute = "none", tp: Axis | None = None) -> None:
         super().__init__()
-        self.config, self.recompute = config, recompute
-        self.embed = Embedding(config)
+        self.config, self.recompute, self.tp = config, recompute, tp or Axis("tp")
+        if config.heads % self.tp.size:
+            raise ValueError(f"{config.heads} heads do not divide over {self.tp.size} tensor-parallel ranks")
+        self.embed = Embedding(config, self.tp)
         self.time = TimeEmbedding(config.hidden, config.time_embed_dim)
         if config.ofs:
             self.ofs = TimeEmbedding(config.time_embed_dim, config.time_embed_dim)
-        self.blocks = nn.ModuleList(Block(config, recompute) for _ in range(config.layers))
-        self.head = Head(config)
+        self.blocks = nn.ModuleList(Block(config, recompute, self.tp) for _ in range(config.layers))
+        self.head = Head(config, self.tp)
 
     def forward(
         self, vision: Tensor, text: Tensor, *, timestep: Tensor, seq: SequenceShard, ofs: Tensor | None = None
     ) -> Tensor:
-        """Patches [n_vision, features in], text [n_text, text_dim], timestep [clips] -> velocity [n_vision, features out]."""
+        """Patches [n_vision, features in], text [n_text, text_dim], timestep [clips] -> velocity [n_vision, features out].
+
+        Patches, text and velocity are this rank's; timestep and ofs [clips] the whole pack's.
+        """
         emb = self.time(timestep)
         if self.config.ofs:
             if ofs is None:
@@ -182,7 +221,7 @@ class DiT(nn.Module):
             emb = emb + self.ofs(ofs)
         condition = F.silu(emb)
         x = self.embed(vision, text, seq)
-        rope = rope_table(self.config, seq.layout, device=x.device, dtype=x.dtype)
+        rope = rope_table(self.config, seq.layout.clips, spans=seq.heard, device=x.device, dtype=x.dtype)
         for block in self.blocks:
             if self.recompute == "full":
                 x = checkpoint(block, x, condition, rope, seq, use_reentrant=False)
@@ -201,6 +240,7 @@ class DiT(nn.Module):
         """Velocity of a batch of equal clips: latents [B,T,C,H,W], text [B,L,text_dim], timestep [B] -> [B,T,C,H,W].
 
         ``image_latents`` [B,T,C',H,W] is the image condition of an image-to-video model; ``ofs`` [B] goes with 1.5-5B-I2V.
+        Under tensor parallelism every rank gives and gets the whole, without a gradient.
         """
         channels = 0 if image_latents is None else image_latents.shape[2]
         if channels != self.config.image_channels:
@@ -210,10 +250,16 @@ class DiT(nn.Module):
         x = latents if image_latents is None else torch.cat([latents, image_latents], dim=2)
         frames, height, width = x.shape[1], x.shape[3], x.shape[4]
         grid = grid_of((frames, height, width), self.config.patch)
-        seq = SequenceShard(PackLayout((Clip(text.shape[1], grid),) * len(x)))
-        vision = patchify(x, self.config.patch).flatten(0, 1)
-        velocity = self(vision, text.flatten(0, 1), timestep=timestep, seq=seq, ofs=ofs)
-        return unpatchify(velocity.unflatten(0, (len(x), -1)), grid, self.config.patch)
+        mesh = ParallelMesh(tp=self.tp, sample=self.tp)
+        seq = SequenceShard(PackLayout((Clip(text.shape[1], grid),) * len(x)), mesh)
+        vision = seq.mine(patchify(x, self.config.patch).flatten(0, 1), VISION)
+        velocity = self(vision, seq.mine(text.flatten(0, 1), TEXT), timestep=timestep, seq=seq, ofs=ofs)
+        return unpatchify(seq.whole_vision(velocity).unflatten(0, (len(x), -1)), grid, self.config.patch)
+
+    def split(self, name: str) -> Split | None:
+        """How a parameter is divided over tp; None where every rank holds the whole."""
+        module, _, kind = name.rpartition(".")
+        return SPLITS.get((module.rpartition(".")[2], kind)) if module.startswith("blocks.") else None
 
     def initial(self, name: str) -> Initial:
         """How a parameter starts: N(0, 0.02), outputs of residual branches / sqrt(2 layers), modulation and biases zero."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from cogvideo_dist.models.presets import DiTConfig
-from cogvideo_dist.pack.layout import PackLayout
+from cogvideo_dist.pack.layout import TEXT, VISION, Clip, Span
 
 Grid = tuple[int, int, int]
 
@@ -21,18 +22,23 @@ def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def rope_table(config: DiTConfig, layout: PackLayout, *, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    """Rotations of every token of a pack, [n, head_dim/2] complex; 1 for text, whose tokens are not rotated.
+def rope_table(
+    config: DiTConfig, clips: Sequence[Clip], *, spans: Sequence[Span], device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """Rotations of the tokens of ``spans``, [n, head_dim/2] complex; 1 for text, whose tokens are not rotated.
 
     None where the model has no rotary positions. ``dtype`` is the activations': 64-bit ones get 128-bit rotations.
     """
     if config.positions != "rope":
         return None
     wide = torch.complex128 if dtype == torch.float64 else torch.complex64
-    parts: list[Tensor] = []
-    for clip in layout.clips:
-        text = torch.ones(clip.text, config.head_dim // 2, dtype=wide, device=device)
-        parts += [text, _over_grid(_rotations(config, clip.grid, wide, device), clip.grid)]
+    parts = [torch.ones(0, config.head_dim // 2, dtype=wide, device=device)]
+    for span in spans:
+        if span.kind == TEXT:
+            parts.append(torch.ones(span.tokens, config.head_dim // 2, dtype=wide, device=device))
+        else:
+            grid = clips[span.clip].grid
+            parts.append(_over_grid(_rotations(config, grid, wide, device), grid)[span.start : span.stop])
     return torch.cat(parts)
 
 
@@ -80,9 +86,16 @@ def _spread(count: int, start: int, extent: int) -> Tensor:
     return torch.linspace(start, stop, count, dtype=torch.float64)
 
 
-def sincos_table(config: DiTConfig, layout: PackLayout, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Fixed positions of every vision token, [n_vision, hidden]: temporal quarter, then width and height (2B)."""
-    return torch.cat([_over_grid(_waves(config, clip.grid, dtype, device), clip.grid) for clip in layout.clips])
+def sincos_table(
+    config: DiTConfig, clips: Sequence[Clip], *, spans: Sequence[Span], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Fixed positions of the vision tokens of ``spans``, [n_vision, hidden]: temporal quarter, then width and height (2B)."""
+    parts = [torch.zeros(0, config.hidden, dtype=dtype, device=device)]
+    for span in spans:
+        if span.kind == VISION:
+            grid = clips[span.clip].grid
+            parts.append(_over_grid(_waves(config, grid, dtype, device), grid)[span.start : span.stop])
+    return torch.cat(parts)
 
 
 @lru_cache(maxsize=256)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from cogvideo_dist.parallel.split import full_shape, own_slice
 from cogvideo_dist.rng import fold
 
 Initial = Callable[[Sequence[int], torch.Generator], Tensor]
@@ -48,7 +49,8 @@ def fan_in_uniform(fan_in: int) -> Initial:
 
 @torch.no_grad()
 def draw_parameters(model: nn.Module, seed: int) -> None:
-    """Set every parameter of ``model`` (a ``Drawable``) from ``fold(seed, name)``, whatever its device and dtype."""
+    """Set every parameter of ``model`` (a ``Drawable``) from ``fold(seed, name)``, whatever its device, dtype and layout."""
     for name, parameter in model.named_parameters():
         rule = model.initial(name)  # type: ignore[operator]
-        parameter.copy_(rule(parameter.shape, fold(seed, "parameter", name)))
+        whole = rule(full_shape(model, name, parameter.shape), fold(seed, "parameter", name))
+        parameter.copy_(own_slice(model, name, whole))

@@ -1,21 +1,160 @@
-"""Collectives on values that carry no gradient."""
+"""Collectives, each with its mathematics; all of them do nothing on an axis of size 1.
+
+Legend: x_r is what rank r of an axis of N ranks holds. Tensors are split along their first dimension into rows; ranks may
+hold different numbers of rows, ``counts``, which every rank knows. Only ``enter`` is differentiable; the others are called
+by operations with a backward of their own, and each names the collective that is its adjoint.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from math import prod
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cogvideo_dist.parallel.mesh import Axis
 
 
+class Pending:
+    """A tensor on its way. ``kept`` is what the collective reads, which must live until it is done."""
+
+    def __init__(
+        self, works: Sequence[dist.Work | None], finish: Callable[[], Tensor], *, kept: Tensor | None = None
+    ) -> None:
+        self._works, self._finish, self._kept = works, finish, kept
+
+    def wait(self) -> Tensor:
+        for work in self._works:
+            if work is not None:
+                work.wait()
+        self._kept = None
+        return self._finish()
+
+
+def here(x: Tensor) -> Pending:
+    """``x``, which need not travel."""
+    return Pending((), lambda: x)
+
+
+def even(total: int, parts: int) -> tuple[int, ...]:
+    """``total`` rows over ``parts`` ranks, the first ones taking the rest."""
+    return tuple(total // parts + (part < total % parts) for part in range(parts))
+
+
+def gather(x: Tensor, axis: Axis, *, counts: Sequence[int]) -> Pending:
+    """y_r = [x_0; x_1; ...] on every rank. Adjoint: ``scatter_sum``."""
+    if axis.size == 1:
+        return here(x)
+    most = max(counts)
+    mine = _padded(x, most)
+    everyone = x.new_empty(axis.size * most, *x.shape[1:])
+    work = dist.all_gather_into_tensor(everyone, mine, group=axis.group, async_op=True)
+    axis.ledger.add(axis.name, "gather", sent=(axis.size - 1) * _bytes(mine))
+
+    def finish() -> Tensor:
+        if min(counts) == most:
+            return everyone
+        return torch.cat([everyone[i * most : i * most + count] for i, count in enumerate(counts)])
+
+    return Pending((work,), finish, kept=mine)
+
+
+def scatter_sum(x: Tensor, axis: Axis, *, counts: Sequence[int]) -> Pending:
+    """y_r = the rows of rank r in sum_s x_s. Adjoint: ``gather``."""
+    if axis.size == 1:
+        return here(x)
+    most = max(counts)
+    even_counts = min(counts) == most
+    everyone = x.contiguous() if even_counts else torch.cat([_padded(part, most) for part in x.split(list(counts))])
+    mine = x.new_empty(most, *x.shape[1:])
+    work = dist.reduce_scatter_tensor(mine, everyone, group=axis.group, async_op=True)
+    axis.ledger.add(axis.name, "scatter_sum", sent=(axis.size - 1) * _bytes(mine))
+    return Pending((work,), lambda: mine[: counts[axis.rank]], kept=everyone)
+
+
+def to_heads(x: Tensor, axis: Axis, *, counts: Sequence[int]) -> Tensor:
+    """From this rank's tokens with all heads, [counts[r], ..., heads, dim], to all tokens with this rank's heads,
+    [sum(counts), ..., heads_r, dim]. Heads are dealt evenly, the first ranks taking the rest. Adjoint: ``to_tokens``."""
+    if axis.size == 1:
+        return x
+    *lead, heads, dim = x.shape
+    shares = even(heads, axis.size)
+    pieces = [(*lead, share, dim) for share in shares]
+    sent = x.new_empty(x.numel())
+    for target, part in zip(_views(sent, pieces), x.split(list(shares), dim=-2)):
+        target.copy_(part)
+    mine = shares[axis.rank]
+    shape = (sum(counts), *lead[1:], mine, dim)
+    row = prod(shape[1:])
+    return _all_to_all(sent, axis, sends=list(map(prod, pieces)), takes=[c * row for c in counts]).view(shape)
+
+
+def to_tokens(x: Tensor, axis: Axis, *, counts: Sequence[int], heads: int) -> Tensor:
+    """From all tokens with this rank's share of ``heads``, [sum(counts), ..., heads_r, dim], to this rank's tokens with all
+    heads, [counts[r], ..., heads, dim]. Adjoint: ``to_heads``."""
+    if axis.size == 1:
+        return x
+    _, *middle, _, dim = x.shape
+    mine = counts[axis.rank]
+    pieces = [(mine, *middle, share, dim) for share in even(heads, axis.size)]
+    row = prod(x.shape[1:])
+    taken = _all_to_all(
+        x.contiguous().flatten(), axis, sends=[count * row for count in counts], takes=list(map(prod, pieces))
+    )
+    return torch.cat(_views(taken, pieces), dim=-2)
+
+
+def shift(x: Tensor, axis: Axis, *, rows: int, back: bool = False) -> Pending:
+    """y_r = x_{r-1}, around the ring; ``back``: y_r = x_{r+1}. ``rows`` is how many the sender has. Adjoint: the other way."""
+    if axis.size == 1:
+        return here(x)
+    step = -1 if back else 1
+    following, before = (axis.ranks[(axis.rank + sign * step) % axis.size] for sign in (1, -1))
+    x = x.contiguous()
+    taken = x.new_empty(rows, *x.shape[1:])
+    messages = []
+    if x.numel():
+        messages.append(dist.P2POp(dist.isend, x, following, axis.group))
+        axis.ledger.add(axis.name, "shift", sent=_bytes(x))
+    if taken.numel():
+        messages.append(dist.P2POp(dist.irecv, taken, before, axis.group))
+    works = dist.batch_isend_irecv(messages) if messages else []
+    return Pending(works, lambda: taken, kept=x)
+
+
 def reduce_sum(x: Tensor, axis: Axis) -> Tensor:
-    """The sum of x over the axis, in a new tensor."""
+    """y_r = sum_s x_s, in a new tensor. Its own adjoint."""
     total = x.clone()
     if axis.size > 1:
         dist.all_reduce(total, group=axis.group)
+        axis.ledger.add(axis.name, "sum", sent=2 * (axis.size - 1) * _bytes(x) // axis.size)
     return total
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, axis: Axis, *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.axis = axis
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        total = reduce_sum(torch.cat([grad.flatten() for grad in grads]), ctx.axis)
+        return None, *_views(total, [grad.shape for grad in grads])
+
+
+def enter(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
+    """What all ranks hold alike goes into work that each does on rows or features of its own.
+
+    y_r = x; backward: dx = sum_r dy_r, one message for all values. Differentiable.
+    """
+    return tuple(values) if axis.size == 1 else _Enter.apply(axis, *values)
 
 
 def broadcast_object(value: Any, axis: Axis) -> Any:
@@ -40,3 +179,26 @@ def barrier(axis: Axis) -> None:
     """Wait for every rank of the axis."""
     if axis.size > 1:
         dist.barrier(group=axis.group)
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    """x with rows of zeros at its end, up to ``rows``."""
+    return x.contiguous() if len(x) == rows else torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
+
+
+def _views(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Consecutive pieces of a flat tensor in the given shapes."""
+    ends = list(accumulate(map(prod, shapes)))
+    return [flat[end - prod(shape) : end].view(*shape) for shape, end in zip(shapes, ends)]
+
+
+def _all_to_all(sent: Tensor, axis: Axis, *, sends: list[int], takes: list[int]) -> Tensor:
+    """Elements to and from every rank; both flat."""
+    taken = sent.new_empty(sum(takes))
+    dist.all_to_all_single(taken, sent, takes, sends, group=axis.group)
+    axis.ledger.add(axis.name, "all_to_all", sent=(sum(sends) - sends[axis.rank]) * sent.element_size())
+    return taken

@@ -1,0 +1,99 @@
+"""The transformer under a parallel layout, and what it must equal: one process, in float64, every gradient by name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cogvideo_dist.models.dit import DiT, Recompute
+from cogvideo_dist.models.presets import DiTConfig
+from cogvideo_dist.pack.layout import TEXT, VISION, Clip, PackLayout
+from cogvideo_dist.pack.shard import SequenceShard
+from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, build_mesh
+from cogvideo_dist.parallel.ops import reduce_sum
+from cogvideo_dist.parallel.split import full_shape, joined_whole, own_slice
+
+PACKS = (
+    PackLayout((Clip(5, (3, 4, 2)), Clip(3, (1, 5, 6)), Clip(0, (1, 1, 2)), Clip(2, (1, 1, 1)))),
+    PackLayout((Clip(7, (2, 3, 4)), Clip(0, (1, 2, 2)))),
+)
+"""Per data-parallel rank: a video, an image with another prompt, clips shorter than the ring; 61 tokens in all, a prime."""
+
+Tensors = dict[str, Tensor]
+
+
+def whole_parameter(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Random wherever a model starts at zero or one, so that no gradient vanishes."""
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * 0.2
+
+
+def model_of(config: DiTConfig, mesh: ParallelMesh, recompute: Recompute = "none") -> DiT:
+    model = DiT(config, recompute=recompute, tp=mesh.tp).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(own_slice(model, name, whole_parameter(name, full_shape(model, name, parameter.shape))))
+    return model
+
+
+def inputs(config: DiTConfig, pack: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(pack)
+    layout = PACKS[pack]
+    text = sum(clip.text for clip in layout.clips)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    return {
+        "vision": draw(layout.vision, config.patch_features_in),
+        "text": draw(text, config.text_dim),
+        "cotangent": draw(layout.vision, config.patch_features_out),
+        "timestep": torch.tensor([3, 500, 998, 77][: len(layout.clips)]),
+        "ofs": draw(len(layout.clips)),
+    }
+
+
+def forward(model: DiT, seq: SequenceShard, given: Tensors) -> Tensor:
+    """This rank's velocity, and its backward."""
+    out = model(
+        seq.mine(given["vision"], VISION), seq.mine(given["text"], TEXT), timestep=given["timestep"], seq=seq,
+        ofs=given["ofs"] if model.config.ofs else None,
+    )  # fmt: skip
+    out.backward(seq.mine(given["cotangent"], VISION))
+    return out.detach()
+
+
+def reference(config: DiTConfig, packs: int) -> tuple[list[Tensor], Tensors]:
+    """One process that runs all packs."""
+    model = model_of(config, ParallelMesh())
+    outs = [forward(model, SequenceShard(PACKS[pack]), inputs(config, pack)) for pack in range(packs)]
+    return outs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def under_layout(mesh: ParallelMesh, config: DiTConfig, recompute: Recompute) -> tuple[DiT, Tensor, Tensors]:
+    """The whole output of this rank's pack and the whole gradients of every rank's."""
+    model = model_of(config, mesh, recompute)
+    pack = mesh.dp.rank
+    seq = SequenceShard(PACKS[pack], mesh)
+    out = seq.whole_vision(forward(model, seq, inputs(config, pack)))
+    grads = {
+        name: joined_whole(model, name, reduce_sum(p.grad, mesh.replica))
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+    return model, out, grads
+
+
+def errors(mesh: ParallelMesh, layout: Layout, config: DiTConfig, recompute: Recompute) -> dict[str, float]:
+    """Relative error of the output and of every gradient. A gradient that is zero in exact arithmetic (a key's bias shifts
+    all scores of a query alike) is held to the rounding of the others: a millionth of the largest."""
+    mesh = build_mesh(layout, rank=mesh.world.rank)
+    _, out, grads = under_layout(mesh, config, recompute)
+    outs, expected = reference(config, layout.dp)
+    assert grads.keys() == expected.keys()
+    floor = 1e-6 * max(g.abs().max().item() for g in expected.values())
+    found = {"output": ((out - outs[mesh.dp.rank]).abs().max() / outs[mesh.dp.rank].abs().max()).item()}
+    for name, grad in expected.items():
+        scale = max(grad.abs().max().item(), floor)
+        found[name] = (grads[name] - grad).abs().max().item() / scale
+    return found
