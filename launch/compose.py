@@ -26,14 +26,14 @@ from cogvideo_dist.models.presets import LATENT_SCALE, DiTConfig
 from cogvideo_dist.models.text import TextEncoder
 from cogvideo_dist.models.vae import VAE, VAEConfig
 from cogvideo_dist.pack.layout import Clip
-from cogvideo_dist.parallel.mesh import ParallelMesh
+from cogvideo_dist.parallel.mesh import Axis, ParallelMesh
 from cogvideo_dist.parallel.ops import barrier, broadcast_object
 from cogvideo_dist.protocols import Batch, Defect, Geometry, Task
 from cogvideo_dist.tasks.video import FrozenModels, cut_reason
 
 FREE = {
     "run.dir", "log", "checkpoint", "validation", "frozen", "data.workers", "data.max_bad_share", "train.steps",
-    "train.zero_stage", "train.recompute", "model.weights",
+    "train.zero_stage", "train.recompute", "model.weights", "parallel",
 }  # fmt: skip
 """What may change between a run and its continuation without changing what is computed, or is meant to (more steps)."""
 
@@ -54,15 +54,15 @@ def latent_geometry(size: Size) -> Clip:
     return Clip(0, ((size[0] - 1) // TEMPORAL + 1, size[1] // SPATIAL, size[2] // SPATIAL))
 
 
-def build_transformer(config: DiTRun) -> DiT:
-    """From ``model.weights`` (a diffusers ``transformer`` folder), else drawn from the seed."""
+def build_transformer(config: DiTRun, *, tp: Axis | None = None) -> DiT:
+    """This rank's slice, from ``model.weights`` (a diffusers ``transformer`` folder), else drawn from the seed."""
     wanted = config.model.transformer()
     recompute: Recompute = config.train.recompute
     if config.model.weights is None:
-        model = DiT(wanted, recompute=recompute)
+        model = DiT(wanted, recompute=recompute, tp=tp)
         draw_parameters(model, config.run.seed)
         return model
-    model = hf.load_transformer(config.model.weights, recompute=recompute)
+    model = hf.load_transformer(config.model.weights, recompute=recompute, tp=tp)
     differences = [
         f"{field.name} is {getattr(model.config, field.name)}, not {getattr(wanted, field.name)}"
         for field in dataclasses.fields(DiTConfig)
@@ -185,7 +185,7 @@ def prepare_folder(config: DiTRun | VAERun, mesh: ParallelMesh, *, plan: Plan) -
     path = folder / "config.yaml"
     # Decided by one rank: it writes the file that the others would read.
     refusal = refused_as_other_run(config, path) if mesh.is_first and path.exists() else None
-    if refusal := broadcast_object(refusal, mesh.replica):
+    if refusal := broadcast_object(refusal, mesh.world):
         raise ConfigError(refusal)
     if mesh.is_first:
         with replacing(path) as temporary:
@@ -199,7 +199,7 @@ def prepare_folder(config: DiTRun | VAERun, mesh: ParallelMesh, *, plan: Plan) -
                     f"{folder / 'data_report.jsonl'}; first: {defects[0].source}: {defects[0].reason}",
                     flush=True,
                 )
-    barrier(mesh.replica)
+    barrier(mesh.world)
 
 
 def cut_captions(records: Sequence[Record]) -> list[Defect]:

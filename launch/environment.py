@@ -14,7 +14,7 @@ import torch
 
 from cogvideo_dist.config.load import ConfigError
 from cogvideo_dist.engine.checkpoint import CheckpointError
-from cogvideo_dist.parallel.mesh import ParallelMesh, Place, start
+from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, Place, start
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -39,7 +39,9 @@ def read_place() -> Place:
     rank, world, local_rank, port = (_integer(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
     if not 0 <= rank < world:
         raise ConfigError(f"RANK {rank} is not below WORLD_SIZE {world}")
-    return Place(rank, world, local_rank, f"{os.environ['MASTER_ADDR']}:{port}")
+    # torchrun and deepspeed have each their word for the ranks of a node.
+    node = next((_integer(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ), 1)
+    return Place(rank, world, local_rank, f"{os.environ['MASTER_ADDR']}:{port}", node)
 
 
 def _integer(name: str) -> int:
@@ -49,16 +51,15 @@ def _integer(name: str) -> int:
         raise ConfigError(f"environment variable {name} must be an integer, found {os.environ[name]!r}") from None
 
 
-def join(place: Place) -> tuple[ParallelMesh, torch.device]:
-    """Take this process's device, join the process group and build the mesh."""
+def join(place: Place, layout: Layout | None = None) -> tuple[ParallelMesh, torch.device]:
+    """Take this process's device, join the process group and build the mesh; without a layout all ranks are data parallel."""
     os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed insists on it, also in a single process
     device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
-    return start(place, device=device), device
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.node))
+    return start(place, device=device, layout=layout), device
 
 
 def config_parser(description: str, example: str) -> argparse.ArgumentParser:

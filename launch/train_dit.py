@@ -7,8 +7,8 @@ import torch
 from cogvideo_dist.config.load import load_config
 from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.data.loader import check_ranks
-from cogvideo_dist.parallel.mesh import ParallelMesh, stop
-from cogvideo_dist.tasks.video import VideoTask
+from cogvideo_dist.parallel.mesh import ParallelMesh, choose_layout, stop
+from cogvideo_dist.tasks.video import Sharding, VideoTask
 from launch.compose import RankData, build_transformer, load_frozen, run_training, transformer_geometry
 from launch.environment import config_parser, join, read_place, run_command, split_config
 
@@ -21,8 +21,9 @@ def main() -> None:
     )
     config = load_config(DiTRun, **split_config(parser.parse_args().config))
     place = read_place()
-    check_ranks(config.data.packs_per_step, place.world)
-    mesh, device = join(place)
+    layout = choose_layout(config.parallel, world=place.world, heads=config.model.transformer().heads, node=place.node)
+    check_ranks(config.data.packs_per_step, layout.dp)
+    mesh, device = join(place, layout)
     train(config, mesh, device=device)
     stop()
 
@@ -34,11 +35,12 @@ def train(config: DiTRun, mesh: ParallelMesh, *, device: torch.device) -> None:
     )
     frozen = load_frozen(config, device=device, records=data.records, pictures=config.validation.samples_every > 0)
     task = VideoTask(
-        build_transformer(config),
+        build_transformer(config, tp=mesh.tp),
         frozen,
         diffusion=config.diffusion,
         validation=config.validation,
         seed=config.run.seed,
+        sharding=Sharding(mesh, config.parallel.attention),
     )
     run_training(config, task, data=data, mesh=mesh)
 

@@ -22,19 +22,23 @@ from cogvideo_dist.diffusion.samplers import SamplerName
 from cogvideo_dist.diffusion.schedule import ScheduleConfig
 from cogvideo_dist.models.dit import DiT, Recompute
 from cogvideo_dist.models.vae import VAE, VAEConfig
+from cogvideo_dist.parallel.mesh import Axis
+from cogvideo_dist.parallel.split import full_shape, own_slice, split_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def load_transformer(folder: str | Path, *, recompute: Recompute = "none") -> DiT:
+def load_transformer(folder: str | Path, *, recompute: Recompute = "none", tp: Axis | None = None) -> DiT:
     """The transformer of a diffusers ``transformer/`` folder, any released variant, in the dtype it is stored in.
+
+    Under ``tp`` this rank's slice of it.
 
     Raises ``ValueError`` naming the file and the tensor or field that is missing, unknown or of another shape.
     """
     folder = Path(folder)
     config = dit_config_from_diffusers(read_json(folder / "config.json"), str(folder / "config.json"))
     with torch.device("meta"):
-        model = DiT(config, recompute=recompute)
+        model = DiT(config, recompute=recompute, tp=tp)
     return _filled(model, folder, dit_rows(config))
 
 
@@ -129,9 +133,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _filled(model: nn.Module, folder: Path, rows: list[Row]) -> Any:
     """``model`` (on the meta device) with the folder's tensors as its parameters."""
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+    shapes = {name: torch.Size(full_shape(model, name, p.shape)) for name, p in model.named_parameters()}
     state = from_foreign(read_tensors(folder), rows, column="diffusers", shapes=shapes, source=str(folder))
-    model.load_state_dict(state, strict=True, assign=True)
+    # A slice is copied, or it would keep the whole alive.
+    own = {
+        name: own_slice(model, name, tensor).clone() if split_of(model, name) else tensor
+        for name, tensor in state.items()
+    }
+    model.load_state_dict(own, strict=True, assign=True)
     return model
 
 

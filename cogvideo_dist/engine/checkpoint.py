@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cogvideo_dist.engine.zero import FullState
+from cogvideo_dist.parallel.split import full_shape
 
 FORMAT = 1
 PREFIX, ASIDE, DYING = "step-", ".tmp-", ".del-"
@@ -134,7 +135,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def load(path: Path, model: nn.Module) -> tuple[FullState, Saved]:
     """The state of a verified checkpoint for ``model``; a checkpoint of another model is refused by the first difference."""
     manifest = read_manifest(path)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    expected = {name: full_shape(model, name, p.shape) for name, p in model.named_parameters() if p.requires_grad}
     state: FullState = {}
     for name in manifest["files"]:
         tensors = load_file(path / name)

@@ -19,6 +19,7 @@ from cogvideo_dist.engine.optim import learning_rate, state_keys
 from cogvideo_dist.engine.zero import Engine
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.parallel.ops import barrier, broadcast_object, gather_objects
+from cogvideo_dist.parallel.split import own_slice
 from cogvideo_dist.protocols import Batch, Defect, Task
 
 
@@ -62,7 +63,8 @@ class Trainer:
         self.meter = Meter()
         self.defects: list[Defect] = []  # samples that others replaced
         self.noticed: list[Defect] = []
-        self.peak = peak_flops(self.engine.device, settings.log.peak_tflops) * mesh.replica.size
+        self.peak = peak_flops(self.engine.device, settings.log.peak_tflops) * mesh.world.size
+        self.speaks_for_sample = mesh.sample.rank == 0
 
     def run(self) -> None:
         """Train to the end. Held-out loss is taken before the first step, when due, and after the last."""
@@ -96,7 +98,7 @@ class Trainer:
 
     def _start(self) -> tuple[int, Engine]:
         """The engine, with the state of the newest whole checkpoint if there is one. All ranks take the same."""
-        found = broadcast_object(self._newest() if self.mesh.is_first else None, self.mesh.replica)
+        found = broadcast_object(self._newest() if self.mesh.is_first else None, self.mesh.world)
         if isinstance(found, str):
             raise CheckpointError(found)
         path = found
@@ -111,7 +113,7 @@ class Trainer:
             with torch.no_grad():
                 for name, parameter in self.task.model.named_parameters():
                     if parameter.requires_grad:
-                        parameter.copy_(state["weights"][name])
+                        parameter.copy_(own_slice(self.task.model, name, state["weights"][name]))
         engine = Engine(self.task.model, self.settings.train, mesh=self.mesh, micro_steps=self.limits.micro_steps)
         if state is None or saved is None:
             return 0, engine
@@ -142,19 +144,21 @@ class Trainer:
         self.meter.add("steps", 1.0)
 
     def _count(self, batch: Batch, loss: Tensor) -> None:
+        """Losses are shares of every rank; what the ranks of a sample know alike, one of them counts."""
+        share = float(self.speaks_for_sample)
         self.meter.add("loss", loss)
-        self.meter.add("tokens", batch.layout.tokens, weight=self.limits.tokens_per_pack)
-        self.meter.add("samples", len(batch.samples))
-        self.meter.add("flops", self.task.flops(batch.layout))
+        self.meter.add("tokens", share * batch.layout.tokens, weight=share * self.limits.tokens_per_pack)
+        self.meter.add("samples", share * len(batch.samples))
+        self.meter.add("flops", share * self.task.flops(batch.layout))
         self.defects += batch.defects
 
     def _report(self, done: int) -> None:
         """Reduce and write what was metered since the last report."""
         device, train = self.engine.device, self.settings.train
-        sums = self.meter.reduce(self.mesh.dp, device)
+        sums = self.meter.reduce(self.mesh.world, device)
         elapsed = time.monotonic() - self.since
         self.since = time.monotonic()
-        steps = sums.pop("steps")[0] / self.mesh.dp.size
+        steps = sums.pop("steps")[0] / self.mesh.world.size
         loss, tokens, samples = sums.pop("loss")[0] / steps, sums.pop("tokens"), sums.pop("samples")
         flops, wait = sums.pop("flops")[0], sums.pop("time/loader_wait")[0]
         replaced, partial = self._list_defects()
@@ -169,11 +173,12 @@ class Trainer:
             "throughput/mfu": flops / elapsed / self.peak,
             "throughput/step_s": elapsed / steps,
             "data/padding_share": 1 - tokens[0] / tokens[1],
-            "data/loader_wait_share": wait / self.mesh.dp.size / elapsed,
+            "data/loader_wait_share": wait / self.mesh.world.size / elapsed,
             "data/samples": samples[0],
             "data/replaced_samples": replaced,
             "data/partial_samples": partial,
-            "memory/peak_gib": max(gather_objects(peak_memory(device), self.mesh.replica)) / 2**30,
+            "memory/peak_gib": max(gather_objects(peak_memory(device), self.mesh.world)) / 2**30,
+            **self._traffic(steps),
             **means(sums),
         }
         if train.precision == "fp16":
@@ -184,9 +189,15 @@ class Trainer:
         )
         self._check_data(int(samples[0]), replaced)
 
+    def _traffic(self, steps: float) -> dict[str, float]:
+        """What this rank sent in a step, in megabytes, by axis and collective; DeepSpeed's own is not in it."""
+        taken = self.mesh.ledger.take()
+        return {f"communication/{axis}_{op}_mb": t.bytes / 1e6 / steps for (axis, op), t in sorted(taken.items())}
+
     def _list_defects(self) -> tuple[int, int]:
         """List the samples that were replaced, and those that are used in part, since the last report; how many they are."""
-        gathered = gather_objects((self.defects, self.noticed + self.task.notices()), self.mesh.dp)
+        mine = (self.defects, self.noticed + self.task.notices()) if self.speaks_for_sample else ([], [])
+        gathered = gather_objects(mine, self.mesh.world)
         self.defects, self.noticed = [], []
         replaced = [defect for defects, _ in gathered for defect in defects]
         partial = [notice for _, noticed in gathered for notice in noticed]
@@ -215,7 +226,7 @@ class Trainer:
             for name, (value, count) in self.task.held_out_loss(self.engine.forward, batch).items():
                 meter.add(name, value * weight, weight=count * weight)
         self.engine.model.train()
-        values = means(meter.reduce(self.mesh.dp, self.engine.device))
+        values = means(meter.reduce(self.mesh.world, self.engine.device))
         if values:
             self.log.scalars(done, values)
             self.log.say(f"step {done}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
@@ -234,7 +245,7 @@ class Trainer:
         if self.mesh.is_first:
             saved = Saved(done, self.settings.run.seed, self._about(), self.engine.scaler)
             save(self.folder / "ckpt", state, saved=saved, keep=self.settings.checkpoint.keep)
-        barrier(self.mesh.replica)
+        barrier(self.mesh.world)
 
     def _about(self) -> dict[str, Any]:
         return {"seed": self.settings.run.seed, **self.task.fingerprint()}

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from cogvideo_dist.config.schema import Train
 from cogvideo_dist.engine.optim import AdamWithEma, make_optimizer, state_keys
 from cogvideo_dist.parallel.mesh import ParallelMesh
+from cogvideo_dist.parallel.ops import reduce_sum
+from cogvideo_dist.parallel.split import joined_whole, own_slice, split_of
 
 # Its build takes minutes, and a build that is killed leaves a lock on which later starts wait without a word.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -58,6 +60,32 @@ def deepspeed_config(train: Train, *, replicas: int, micro_steps: int) -> dict[s
     }
 
 
+class Groups:
+    """The mesh in the words of DeepSpeed: ``replica`` is its data-parallel group, ``tp`` its model-parallel group. Sequence
+    parallelism is not announced: its ranks are replicas whose losses are shares of a sum."""
+
+    def __init__(self, mesh: ParallelMesh) -> None:
+        self.mesh = mesh
+
+    def get_data_parallel_group(self) -> Any:
+        return self.mesh.replica.group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.replica.size
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.replica.rank
+
+    def get_model_parallel_group(self) -> Any:
+        return self.mesh.tp.group
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.tp.size
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.tp.rank
+
+
 def effective_stage(train: Train) -> int:
     """Stage 0 keeps no float32 masters apart from the weights, so with 16 bits it runs as stage 1 (the same mathematics)."""
     return max(train.zero_stage, 0 if train.precision == "fp32" else 1)
@@ -69,12 +97,16 @@ class Engine:
     def __init__(self, model: nn.Module, train: Train, *, mesh: ParallelMesh, micro_steps: int) -> None:
         self.mesh, self.train, self.micro_steps, self.model = mesh, train, micro_steps, model
         self.stage = effective_stage(train)
+        for name, parameter in model.named_parameters():
+            # Or DeepSpeed would count whole parameters once per tp rank in the gradient norm.
+            setattr(parameter, "tensor_model_parallel", split_of(model, name) is not None)  # noqa: B010 (no field of it)
         units = {type(module) for module in model.modules() if getattr(module, "zero_unit", False)}
         if self.stage == 3 and units:
             set_z3_leaf_modules(model, list(units))
         self._ds, *_ = deepspeed.initialize(
             model=model,
             optimizer=make_optimizer(model, train),
+            mpu=Groups(mesh) if mesh.tp.size > 1 else None,
             config=deepspeed_config(train, replicas=mesh.replica.size, micro_steps=micro_steps),
         )
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -115,10 +147,19 @@ class Engine:
             group["lr"] = learning_rate
         if self.stage == 0 and self._ds.is_gradient_accumulation_boundary():
             # Stage 0 clips without keeping the norm; gradients are reduced already.
-            self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.names.values() if p.grad is not None])
+            self.grad_norm = self._gradient_norm()
         self._ds.step()
         if self.stage > 0:
             self.grad_norm = self._ds.get_global_grad_norm()
+
+    def _gradient_norm(self) -> Tensor:
+        """Of the whole parameters' gradients: what tp ranks hold alike counts once."""
+        mine = [
+            p.grad
+            for name, p in self.names.items()
+            if p.grad is not None and (self.mesh.tp.rank == 0 or split_of(self.model, name))
+        ]
+        return reduce_sum(torch.nn.utils.get_total_norm(mine).square(), self.mesh.tp).sqrt()
 
     def full_state(self) -> FullState:
         """Master weights and optimizer states by name, whole, on the CPU of the first rank (others get empty tensors' names).
@@ -130,9 +171,10 @@ class Engine:
         state: FullState = {kind: {} for kind in ("weights", *keys)}
         for name, parameter in self.names.items():
             for kind in state:
-                tensor = self._read(parameter, kind)
+                own = self._read(parameter, kind).detach().reshape(self._shape(parameter))
+                tensor = joined_whole(self.model, name, own)
                 if self.mesh.is_first:
-                    state[kind][name] = tensor.detach().float().cpu().clone().reshape(self._shape(parameter))
+                    state[kind][name] = tensor.float().cpu().clone()
         return state
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], *, step: int) -> None:
@@ -145,7 +187,7 @@ class Engine:
             self._create_state(step)
         for name, parameter in self.names.items():
             for kind, tensors in state.items():
-                self._write(parameter, kind, tensors[name])
+                self._write(parameter, kind, own_slice(self.model, name, tensors[name]))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -58,29 +58,36 @@ class TimeEmbedding(nn.Module):
         return self.linear2(F.silu(self.linear1(wave)))
 
 
+class AlikeLinear(nn.Linear):
+    """A linear that every tp rank holds whole and applies to tokens of its own."""
+
+    def __init__(self, features_in: int, features_out: int, *, tp: Axis) -> None:
+        super().__init__(features_in, features_out)
+        self.tp = tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, *enter((self.weight, self.bias), self.tp))
+
+
 class Embedding(nn.Module):
     """This rank's text features and latent patches -> its part of the sequence [n, d], with absolute positions if any."""
-
-    zero_unit = True  # its parameters are read across its submodules, so ZeRO-3 gathers it as a whole
 
     def __init__(self, config: DiTConfig, tp: Axis) -> None:
         super().__init__()
         self.config, self.tp = config, tp
-        self.patch = nn.Linear(config.patch_features_in, config.hidden)
-        self.text = nn.Linear(config.text_dim, config.hidden)
+        self.patch = AlikeLinear(config.patch_features_in, config.hidden, tp=tp)
+        self.text = AlikeLinear(config.text_dim, config.hidden, tp=tp)
         if config.learned_positions:
             t, h, w = config.sample_grid
             self.positions = nn.Parameter(torch.empty(config.text_length + t * h * w, config.hidden))
 
     def forward(self, vision: Tensor, text: Tensor, seq: SequenceShard) -> Tensor:
-        linears = (self.patch.weight, self.patch.bias, self.text.weight, self.text.bias)
-        patch_w, patch_b, text_w, text_b = enter(linears, self.tp)
-        tokens = F.linear(vision, patch_w, patch_b)
+        tokens = self.patch(vision)
         if self.config.positions == "sincos":
             tokens = tokens + sincos_table(
                 self.config, seq.layout.clips, spans=seq.spans, device=tokens.device, dtype=tokens.dtype
             )
-        joint = seq.interleave(F.linear(text, text_w, text_b), tokens)
+        joint = seq.interleave(self.text(text), tokens)
         return joint + self._learned(seq) if self.config.learned_positions else joint
 
     def _learned(self, seq: SequenceShard) -> Tensor:
@@ -100,7 +107,7 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """One layer: AdaLN, attention, gate; AdaLN, feed-forward, gate. All of its linears are shared by text and vision."""
 
-    zero_unit = True
+    zero_unit = True  # its parameters are read across its submodules, so ZeRO-3 gathers the block as a whole
 
     def __init__(self, config: DiTConfig, recompute: Recompute, tp: Axis) -> None:
         super().__init__()

@@ -209,7 +209,8 @@ def build_mesh(layout: Layout, *, rank: int) -> ParallelMesh:
     for name in (*AXES, "cp"):
         for each in range(layout.world):
             ranks = layout.ranks(name, each)
-            if len(ranks) > 1 and ranks not in groups:
+            # DeepSpeed takes no group for "everyone", so that of replica exists at size 1 too.
+            if (len(ranks) > 1 or name == "replica") and ranks not in groups:
                 groups[ranks] = dist.new_group(list(ranks))
         mine = layout.ranks(name, rank)
         axes[name] = Axis(name, mine.index(rank), len(mine), mine, groups.get(mine), ledger)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cogvideo_dist.config.schema import Diffusion, Validation
+from cogvideo_dist.config.schema import AttentionName, Diffusion, Validation
 from cogvideo_dist.diffusion.loss import squared_errors
 from cogvideo_dist.diffusion.schedule import Schedule, ScheduleConfig
 from cogvideo_dist.diffusion.timesteps import TIMESTEP_SAMPLING
@@ -18,9 +18,10 @@ from cogvideo_dist.evaluation.media import to_uint8
 from cogvideo_dist.models.dit import DiT
 from cogvideo_dist.models.text import TextEncoder
 from cogvideo_dist.models.vae import VAE, Posterior, Semantics
-from cogvideo_dist.pack.layout import PackLayout
+from cogvideo_dist.pack.layout import TEXT, VISION, PackLayout
 from cogvideo_dist.pack.patch import patchify
 from cogvideo_dist.pack.shard import SequenceShard
+from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.protocols import Batch, Defect, Loss, Picture, Sample
 from cogvideo_dist.rng import fold
 from cogvideo_dist.tasks.pixels import to_video
@@ -28,6 +29,14 @@ from cogvideo_dist.tasks.sampling import Sampler, padded_front
 
 HELD_OUT_SEED = 0
 """Not the run's: held-out noise is the same in every run, so that held-out losses can be compared between runs."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Which ranks share a sample's tokens, and the attention back end."""
+
+    mesh: ParallelMesh = field(default_factory=ParallelMesh)
+    attention: AttentionName = "auto"
 
 
 @dataclass(frozen=True)
@@ -44,10 +53,12 @@ class VideoTask:
     """Trains ``model`` on the velocity of noisy latents."""
 
     def __init__(
-        self, model: DiT, frozen: FrozenModels, *, diffusion: Diffusion, validation: Validation, seed: int
-    ) -> None:
+        self, model: DiT, frozen: FrozenModels, *, diffusion: Diffusion, validation: Validation, seed: int,
+        sharding: Sharding | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.frozen, self.diffusion, self.validation, self.seed = model, frozen, diffusion, validation, seed
         self.schedule = Schedule(ScheduleConfig(snr_shift=diffusion.snr_shift))
+        self.sharding = sharding or Sharding()
         self.measured: set[str] = set()  # keys of the samples whose captions were counted
         self.cut: list[Defect] = []
 
@@ -73,6 +84,7 @@ class VideoTask:
         latents = self._latents(batch.samples, sampled=False)
         text = self._text(batch.samples, dropout=False)
         counts = torch.tensor([latent.numel() for latent in latents])
+        clips = torch.tensor(len(latents) * self._share())
         metrics = {}
         for timestep in self.validation.timesteps:
             noise = [
@@ -82,9 +94,9 @@ class VideoTask:
             errors = self._squared_errors(
                 model, batch.layout, latents=latents, noise=noise, timesteps=[timestep] * len(latents), text=text
             )
-            metrics[f"held_out/t{timestep}"] = (errors / counts.to(errors.device)).sum(), torch.tensor(len(latents))
+            metrics[f"held_out/t{timestep}"] = (errors / counts.to(errors.device)).sum(), clips
         together = torch.stack([total for total, _ in metrics.values()]).sum()
-        return {"held_out/loss": (together, torch.tensor(len(latents) * len(metrics))), **metrics}
+        return {"held_out/loss": (together, clips * len(metrics)), **metrics}
 
     def pictures(self, model: nn.Module) -> list[Picture]:
         """A video for every validation prompt, always from the same noise."""
@@ -175,7 +187,8 @@ class VideoTask:
         self, model: nn.Module, layout: PackLayout, *, latents: list[Tensor], noise: list[Tensor], timesteps: list[int],
         text: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Sum of squared velocity errors of each clip, [clips], in float32."""
+        """Sum of squared velocity errors of each clip over this rank's tokens, [clips], in float32."""
+        seq = SequenceShard(layout, self.sharding.mesh, attention=self.sharding.attention)
         weight = self.model.embed.patch.weight
         patch = self.model.config.patch
         inputs, targets = [], []
@@ -184,12 +197,16 @@ class VideoTask:
             inputs.append(patchify(self.schedule.add_noise(latent, eps, timestep=at), patch))
             targets.append(patchify(self.schedule.velocity(latent, eps, timestep=at), patch))
         velocity = model(
-            torch.cat(inputs).to(weight.dtype),
-            text.to(weight.device, weight.dtype),
+            seq.mine(torch.cat(inputs), VISION).to(weight.dtype),
+            seq.mine(text, TEXT).to(weight.device, weight.dtype),
             timestep=torch.tensor(timesteps, device=weight.device),
-            seq=SequenceShard(layout),
+            seq=seq,
         )
-        return squared_errors(velocity, torch.cat(targets), lengths=[clip.vision for clip in layout.clips])
+        return squared_errors(velocity, seq.mine(torch.cat(targets), VISION), lengths=seq.vision_counts())
+
+    def _share(self) -> int:
+        """1 on the rank that counts for those it shares samples with: sums of errors are shared among them, counts are not."""
+        return int(self.sharding.mesh.sample.rank == 0)
 
     def _weights(self, batch: Batch, counts: Tensor) -> Tensor | float:
         """1 / the step's global denominator, per clip or for all."""
@@ -200,7 +217,10 @@ class VideoTask:
     def _metrics(self, means: Tensor, timesteps: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
         """The mean error per quartile of the timestep, each as (sum, count)."""
         quartile = torch.tensor([4 * t // self.schedule.config.timesteps for t in timesteps], device=means.device)
-        return {f"loss/quartile{q + 1}": (means[quartile == q].sum(), (quartile == q).sum()) for q in range(4)}
+        return {
+            f"loss/quartile{q + 1}": (means[quartile == q].sum(), (quartile == q).sum() * self._share())
+            for q in range(4)
+        }
 
 
 def cut_reason(tokens: int, length: int) -> str:
