@@ -22,6 +22,7 @@ from cogvideo_dist.models.presets import DiTConfig
 from cogvideo_dist.pack.attention import KERNELS
 from cogvideo_dist.pack.layout import Clip, PackLayout, Run
 from cogvideo_dist.pack.shard import SequenceShard
+from cogvideo_dist.parallel.mesh import Axis
 
 SLACK = 1.5
 FLOAT32_BOUND = 1e-4
@@ -44,7 +45,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def plain_block(block: Block, x: Tensor, condition: Tensor, rope: Tensor, seq: SequenceShard) -> Tensor:
     """``Block.forward`` as the paper has it, one clip and one kind of token at a time."""
-    config = block.config
+    config, runs = block.config, seq.rows.runs
     modulation = block.modulation(condition).view(2 * len(condition), 6, 1, -1)
 
     def adapted(norm: Any, x: Tensor, run: Run, first: int) -> Tensor:
@@ -55,9 +56,9 @@ def plain_block(block: Block, x: Tensor, condition: Tensor, rope: Tensor, seq: S
         )
 
     def gated(x: Tensor, y: Tensor, gate: int) -> Tensor:
-        return x + torch.cat([y[r.start : r.stop] * modulation[r.row, gate] for r in seq.runs])
+        return x + torch.cat([y[r.start : r.stop] * modulation[r.row, gate] for r in runs])
 
-    qkv = block.qkv(torch.cat([adapted(block.norm1, x, run, 0) for run in seq.runs]))
+    qkv = block.qkv(torch.cat([adapted(block.norm1, x, run, 0) for run in runs]))
     q, k, v = qkv.unflatten(-1, (3, config.heads, config.head_dim)).unbind(1)
     q, k = (
         torch.view_as_real(torch.view_as_complex(norm(y).to(rope.real.dtype).unflatten(-1, (-1, 2))) * rope[:, None])
@@ -71,7 +72,7 @@ def plain_block(block: Block, x: Tensor, condition: Tensor, rope: Tensor, seq: S
         for start, stop in itertools.pairwise(ends)
     ]
     x = gated(x, block.out(torch.cat(attended)), 2)
-    wide = block.ff1(torch.cat([adapted(block.norm2, x, run, 3) for run in seq.runs]))
+    wide = block.ff1(torch.cat([adapted(block.norm2, x, run, 3) for run in runs]))
     return gated(x, block.ff2(F.gelu(wide, approximate="tanh")), 5)
 
 
@@ -93,15 +94,15 @@ def block_errors(
     config = DiTConfig(layers=1, heads=2 if setting.toy else 8, head_dim=64)
     seq = SequenceShard(PackLayout(clips))
     with torch.device(setting.device):
-        block = Block(config, recompute).to(dtype)
+        block = Block(config, recompute, Axis("tp")).to(dtype)
     generator = torch.Generator(setting.device).manual_seed(0)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, device=setting.device) * 0.05)
     x = setting.randn(seq.layout.tokens, config.hidden, dtype=dtype)
     condition = setting.randn(len(clips), config.time_embed_dim, dtype=dtype)
-    rope = rope_table(config, seq.layout, device=setting.device, dtype=dtype)
-    wide = rope_table(config, seq.layout, device=setting.device, dtype=torch.float64)
+    rope = rope_table(config, clips, spans=seq.heard, device=setting.device, dtype=dtype)
+    wide = rope_table(config, clips, spans=seq.heard, device=setting.device, dtype=torch.float64)
     ours = gradients(block, block, x, condition, rope, seq)
     plain = gradients(block, lambda *inputs: plain_block(block, *inputs), x, condition, rope, seq)
     block = block.double()

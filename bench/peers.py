@@ -61,7 +61,7 @@ def gradients_by_our_names(theirs: nn.Module, model: DiT) -> dict[str, Tensor]:
 
 def rotations_for_diffusers(config: DiTConfig, clip: Clip, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """(cos, sin) [vision tokens, head_dim] of a clip; None for a model without rotary positions."""
-    rope = rope_table(config, PackLayout((clip,)), device=device, dtype=torch.float32)
+    rope = rope_table(config, (clip,), spans=PackLayout((clip,)).spans(), device=device, dtype=torch.float32)
     if rope is None:
         return None
     vision = rope[clip.text :]

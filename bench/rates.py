@@ -24,9 +24,10 @@ from cogvideo_dist.models.dit import Block, Recompute
 from cogvideo_dist.models.embed import rope_table
 from cogvideo_dist.models.fused import normed_heads
 from cogvideo_dist.models.presets import PRESETS, DiTConfig
-from cogvideo_dist.pack.attention import attend, attend_backward
+from cogvideo_dist.pack.attention import backend_for
 from cogvideo_dist.pack.layout import Clip, Group, PackLayout
 from cogvideo_dist.pack.shard import SequenceShard
+from cogvideo_dist.parallel.mesh import Axis
 
 BACKENDS = {
     "default": None,
@@ -76,10 +77,10 @@ def our_attention(setting: Setting, *, length: int) -> list[Row]:
     """``pack.attention`` as a block calls it: tokens first, values a slice of the joint tensor."""
     qkv = setting.randn(length, 3, heads_of(setting), HEAD_DIM)
     q, k, v = qkv[:, 0].contiguous(), qkv[:, 1].contiguous(), qkv[:, 2]
-    groups, grad = (Group(0, 1, length),), torch.randn_like(q)
-    attended = attend(q, k, v, groups=groups)
-    forward = partial(attend, q, k, v, groups=groups)
-    backward = partial(attend_backward, grad, (q, k, v), attended=attended, groups=groups)
+    backend = backend_for("auto", device=q.device, dtype=q.dtype)
+    groups, grad = (Group(0, 0, 1, length, length),), torch.randn_like(q)
+    forward = partial(backend.attend, (q, k, v), groups)
+    backward = partial(backend.attend_backward, grad, forward(), qkv=(q, k, v), groups=groups)
     return attention_rows(setting, "attend (ours)", length=length, passes=(forward, backward))
 
 
@@ -171,13 +172,13 @@ def block(setting: Setting) -> list[Row]:
     seq = SequenceShard(PackLayout((clip,)))
     condition = setting.randn(1, config.time_embed_dim)
     x = setting.randn(clip.tokens, config.hidden).requires_grad_()
-    rope = rope_table(config, seq.layout, device=setting.device, dtype=setting.dtype)
+    rope = rope_table(config, (clip,), spans=seq.heard, device=setting.device, dtype=setting.dtype)
     rows: list[Row] = []
     for level in get_args(Recompute):
         if level == "full":  # a matter of the model, not of a block
             continue
         with torch.device(setting.device):
-            layer = Block(config, level).to(setting.dtype)
+            layer = Block(config, level, Axis("tp")).to(setting.dtype)
         rows += block_rows(setting, f"block, recompute {level}", layer, run=partial(layer, x, condition, rope, seq))
     return rows + (_block_of_diffusers(setting, config, clip) if diffusers_installed() else [])
 

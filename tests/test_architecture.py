@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "rng": set(),
     "protocols": {"config", "pack"},
     "config": {"models.presets"},  # the table of released sizes, plain numbers without torch
-    "parallel": {"rng"},
+    "parallel": {"rng", "config"},
     "pack": {"parallel", "rng"},
     "models": {"pack", "parallel", "rng", "config", "protocols"},
     "diffusion": {"rng"},
@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "evaluation": {"config", "rng"},
     "tasks": {"rng", "protocols", "config", "parallel", "pack", "models", "diffusion", "data", "evaluation"},
     "engine": {"rng", "protocols", "config", "parallel", "evaluation"},
-    "convert": {"rng", "config", "models", "diffusion"},
+    "convert": {"rng", "config", "parallel", "models", "diffusion"},
 }
 """Package -> what else of ours it may import, itself aside. ``launch`` composes everything."""
 
@@ -46,7 +46,13 @@ POSITIONAL = {
     "fold_affine": "the operands of a formula, in its order",
     "norm_affine": "the operands of a formula, in its order",
     "normed_heads": "the operands of a formula, in its order",
-    "attend": "q, k, v, as everywhere",
+    "Block.__init__": "the model's three arguments, as its constructor has them",
+    "SequenceShard.attend": "q, k, v, as everywhere",
+    "ring_attend_backward": "the operands of a backward, in the order of every back end's",
+    "cut": "of what, from where to where, as a slice",
+    "full_shape": "whose, which and its value, as setattr takes them",
+    "own_slice": "like full_shape",
+    "joined_whole": "like full_shape",
     "unpatchify": "the inverse of patchify, whose arguments are a tensor, a shape and a patch",
     "to_foreign": "what, by which table, into which of its columns",
     "DataError.__init__": "an exception is pickled by its arguments in place",
@@ -212,6 +218,12 @@ def test_everything_is_annotated_and_nothing_is_left_to_do() -> None:
             if mark in path.read_text(encoding="utf-8"):
                 wrong.append(f"{name_of(path)}: {mark}")
     assert not wrong
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    """setup.py finds packages by their __init__.py; an installation lacks a folder without one."""
+    folders = {path.parent for top in (PACKAGE, "launch", "data_tools") for path in (ROOT / top).rglob("*.py")}
+    assert not [name_of(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()]
 
 
 def test_models_and_samplers_need_torch_alone() -> None:

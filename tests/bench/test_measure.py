@@ -20,6 +20,7 @@ from cogvideo_dist.models.init import draw_parameters
 from cogvideo_dist.models.presets import RELEASED, DiTConfig, tiny
 from cogvideo_dist.pack.layout import Clip, PackLayout
 from cogvideo_dist.pack.shard import SequenceShard
+from cogvideo_dist.parallel.mesh import Axis
 
 CONFIG = DiTConfig(layers=1, heads=2, head_dim=16, time_embed_dim=8)
 LAYOUT = PackLayout((Clip(3, (2, 3, 4)),))
@@ -27,7 +28,8 @@ LAYOUT = PackLayout((Clip(3, (2, 3, 4)),))
 
 def block_inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, SequenceShard]:
     x, condition = torch.randn(LAYOUT.tokens, CONFIG.hidden, dtype=dtype), torch.randn(1, 8, dtype=dtype)
-    return x, condition, rope_table(CONFIG, LAYOUT, device=x.device, dtype=dtype), SequenceShard(LAYOUT)
+    seq = SequenceShard(LAYOUT)
+    return x, condition, rope_table(CONFIG, LAYOUT.clips, spans=seq.heard, device=x.device, dtype=dtype), seq
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,7 @@ def test_model_flops_are_those_of_the_released_models(name: str, teraflops: floa
 
 
 def test_model_flops_count_every_product_of_a_plain_block() -> None:
-    block = Block(CONFIG, "none")
+    block = Block(CONFIG, "none", Axis("tp"))
     with FlopCounterMode(display=False) as counter:
         plain_block(block, *block_inputs(torch.float32))
     modulation = 2 * CONFIG.time_embed_dim * 12 * CONFIG.hidden
@@ -74,7 +76,7 @@ def test_saved_bytes_count_a_storage_once_and_no_parameter() -> None:
 
 
 def test_plain_block_is_the_block() -> None:
-    block = Block(CONFIG, "none").double()
+    block = Block(CONFIG, "none", Axis("tp")).double()
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * 0.2)

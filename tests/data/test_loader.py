@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from cogvideo_dist.data import loader as loader_module
 from cogvideo_dist.data.loader import Loader
 from cogvideo_dist.data.plan import HELD_OUT, Plan
 from cogvideo_dist.data.shards import ShardReader, write_shards
-from cogvideo_dist.protocols import Batch
+from cogvideo_dist.protocols import Batch, Sample
 from tests.data.clips import geometry, indices, make_clip, make_image, make_shards, settings
 
 CLIPS = {
@@ -221,19 +223,25 @@ def test_a_killed_worker_raises(running: tuple[Iterator[Batch], list[int]]) -> N
 
 
 def test_a_hung_worker_raises(reader: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hung while it reads. Stopped at any instant, it may be handing a batch over, which torch waits for without a limit."""
+    calls, read = itertools.count(), loader_module.read_sample
+
+    def hang_later(*args: Any, **options: Any) -> Sample:
+        if next(calls) == 5:
+            signal.pause()
+        return read(*args, **options)
+
+    monkeypatch.setattr(loader_module, "read_sample", hang_later)  # forked workers inherit it
     monkeypatch.setattr(loader_module, "TIMEOUT", 1)
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # how long torch waits for its end
     batches = make(reader, workers=1).iterate(0)
-    next(batches)
-    (worker,) = multiprocessing.active_children()
-    assert worker.pid is not None
-    os.kill(worker.pid, signal.SIGSTOP)
     try:
         with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
             for _ in range(100):
                 next(batches)
     finally:
-        os.kill(worker.pid, signal.SIGKILL)
+        for worker in multiprocessing.active_children():
+            worker.kill()
 
 
 LATENT = {"source": "v", "kind": "latent", "frames": 9, "fps": 8.0, "height": 48, "width": 64, "caption_length": 1}

@@ -60,7 +60,7 @@ def pair(config: DiTConfig) -> tuple[DiT, CogVideoXTransformer3DModel]:
 
 
 def rope_pair(config: DiTConfig, layout: PackLayout) -> tuple[Tensor, Tensor] | None:
-    table = rope_table(config, layout, device=torch.device("cpu"), dtype=torch.float64)
+    table = rope_table(config, layout.clips, spans=layout.spans(), device=torch.device("cpu"), dtype=torch.float64)
     if table is None:
         return None
     vision = table[layout.clips[0].text : layout.clips[0].tokens]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cogvideo_dist.pack.attention import KERNELS, attend, attend_backward
-from cogvideo_dist.pack.layout import Clip, Group, PackLayout
+from cogvideo_dist.pack.attention import KERNELS, backend_for
+from cogvideo_dist.pack.layout import Clip, Group, PackLayout, groups_of
 
 CLIPS, LENGTH, HEADS, DIM = 2, 50, 4, 64
 ON_GPU = [name for name in KERNELS if name != "cpu"]
@@ -106,9 +106,10 @@ def test_packed_attention_equals_plain_attention_of_each_clip(clips: tuple[Clip,
     qkv = torch.randn(layout.tokens, 3, 2, 16, generator=generator, dtype=torch.float64)
     grad = torch.randn(layout.tokens, 2, 16, generator=generator, dtype=torch.float64)
     q, k, v = qkv.unbind(1)
-    groups = layout.groups()
-    attended = attend(q, k, v, groups=groups)
-    found = (attended.out, *attend_backward(grad, (q, k, v), attended=attended, groups=groups))
+    backend = backend_for("auto", device=q.device, dtype=q.dtype)
+    groups = groups_of(layout.lengths, layout.lengths)
+    attended = backend.attend((q, k, v), groups)
+    found = (attended.out, *backend.attend_backward(grad, attended, qkv=(q, k, v), groups=groups))
     leaves = [part.clone().requires_grad_() for part in (q, k, v)]
     ends = layout.cu_seqlens
     expected = torch.cat([
@@ -121,8 +122,9 @@ def test_packed_attention_equals_plain_attention_of_each_clip(clips: tuple[Clip,
 
 def test_clips_of_one_length_share_a_call() -> None:
     layout = PackLayout((Clip(2, (1, 2, 3)), Clip(2, (1, 3, 2)), Clip(0, (2, 2, 2)), Clip(1, (1, 1, 1))))
-    assert layout.groups() == (Group(0, 3, 8), Group(24, 1, 2))
+    groups = groups_of(layout.lengths, layout.lengths)
+    assert groups == (Group(0, 0, 3, 8, 8), Group(24, 24, 1, 2, 2))
     q = torch.randn(layout.tokens, 2, 16)
     with Calls() as calls:
-        attend(q, q, q, groups=layout.groups())
+        backend_for("cpu", device=q.device, dtype=q.dtype).attend((q, q, q), groups)
     assert len(calls.found) == 2

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cogvideo_dist.pack.layout import TEXT, VISION, Clip, Group, PackLayout, Run
+from cogvideo_dist.pack.layout import TEXT, VISION, Clip, Group, PackLayout, Run, groups_of, runs_of, vision_runs_of
 
 IMAGE, WORDLESS, LONG = Clip(4, (1, 2, 3)), Clip(0, (2, 2, 2)), Clip(4, (3, 2, 2))
 LAYOUT = PackLayout((IMAGE, WORDLESS, LONG, LONG))
@@ -20,18 +20,17 @@ def roles(layout: PackLayout) -> list[tuple[int, int]]:
 
 def test_runs_are_the_tokens_of_each_role_in_order() -> None:
     expected = roles(LAYOUT)
-    found = [divmod(run.row, 2) for run in LAYOUT.runs() for _ in range(run.start, run.stop)]
-    assert found == expected
-    assert [run.start for run in LAYOUT.runs()] == [0, *(run.stop for run in LAYOUT.runs()[:-1])]
-    assert all(run.stop > run.start for run in LAYOUT.runs()), "no run is empty"
+    runs = runs_of(LAYOUT.spans())
+    assert [divmod(run.row, 2) for run in runs for _ in range(run.start, run.stop)] == expected
+    assert [run.start for run in runs] == [0, *(run.stop for run in runs[:-1])]
+    assert all(run.stop > run.start for run in runs), "no run is empty"
     assert LAYOUT.tokens == len(expected)
     assert LAYOUT.vision == sum(kind == VISION for _, kind in expected)
 
 
-@pytest.mark.parametrize("kind", [TEXT, VISION])
-def test_runs_of_one_kind_count_that_kind_alone(kind: int) -> None:
-    clips = [clip for clip, its in roles(LAYOUT) if its == kind]
-    found = LAYOUT.runs_of(kind)
+def test_vision_runs_count_vision_alone() -> None:
+    clips = [clip for clip, kind in roles(LAYOUT) if kind == VISION]
+    found = vision_runs_of(LAYOUT.spans())
     assert [run.row for run in found for _ in range(run.start, run.stop)] == clips
     assert [run.start for run in found] == [0, *(run.stop for run in found[:-1])]
 
@@ -42,17 +41,18 @@ def test_segments_are_clips_with_their_text() -> None:
 
 
 def test_neighbours_of_equal_length_are_one_group() -> None:
-    assert LAYOUT.groups() == (Group(0, 1, 10), Group(10, 1, 8), Group(18, 2, 16))
+    groups = groups_of(LAYOUT.lengths, LAYOUT.lengths)
+    assert groups == (Group(0, 0, 1, 10, 10), Group(10, 10, 1, 8, 8), Group(18, 18, 2, 16, 16))
     apart = PackLayout((LONG, IMAGE, LONG))
-    assert [group.clips for group in apart.groups()] == [1, 1, 1]
-    covered = [token for g in LAYOUT.groups() for token in range(g.start, g.start + g.clips * g.length)]
+    assert [group.clips for group in groups_of(apart.lengths, apart.lengths)] == [1, 1, 1]
+    covered = [token for g in groups for token in range(g.start, g.start + g.clips * g.length)]
     assert covered == list(range(LAYOUT.tokens))
 
 
 def test_one_clip_is_two_runs_and_one_group() -> None:
     layout = PackLayout((IMAGE,))
-    assert layout.runs() == (Run(0, 4, TEXT), Run(4, 10, VISION))
-    assert layout.groups() == (Group(0, 1, 10),)
+    assert runs_of(layout.spans()) == (Run(0, 4, TEXT), Run(4, 10, VISION))
+    assert groups_of((10,), (10,)) == (Group(0, 0, 1, 10, 10),)
 
 
 def test_layouts_are_values() -> None:

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from cogvideo_dist.models.dit import Recompute
 from cogvideo_dist.models.presets import tiny
 from cogvideo_dist.parallel.mesh import Layout
 from tests.parallel.layouts import errors

@@ -24,7 +24,7 @@ def batches(world: World, step: int, *, rank: int = 0, size: int = 1) -> list[Ba
         str(world.root / "shards"), "pixels", ((9, 32, 32), (1, 32, 32)), 8.0, tokens_per_pack=80, packs_per_step=2,
         held_out=2, workers=0,
     )  # fmt: skip
-    data = RankData(settings, seed=1, geometry=latent_geometry, mesh=ParallelMesh(axis, axis))
+    data = RankData(settings, seed=1, geometry=latent_geometry, mesh=ParallelMesh(dp=axis, replica=axis, world=axis))
     if step < 0:
         return [batch for batch, _ in data.held_out()]
     return list(islice(data.iterate(step), 2 // size))

@@ -30,7 +30,7 @@ SEED = 5
 
 def mesh(rank: int, size: int) -> ParallelMesh:
     axis = Axis("dp", rank, size, tuple(range(size)))
-    return ParallelMesh(axis, axis)
+    return ParallelMesh(dp=axis, replica=axis, world=axis)
 
 
 def data(config: DiTRun, rank: int = 0, size: int = 1) -> RankData:
