@@ -1,6 +1,6 @@
-"""make bench: the transformer and the VAE against diffusers on the CPU, in one table.
+"""make bench: the transformer and the VAE against diffusers, and parallelism against DeepSpeed and torch, on the CPU.
 
-    python bench/run.py [--only dit vae] [--out docs/benchmarks]        # under 4 minutes on two quiet cores
+    python bench/run.py [--only dit zero] [--out docs/benchmarks]        # under 6 minutes on two quiet cores
 
 Writes cpu.json (everything measured) and cpu.md (the table, the machine and the versions).
 """
@@ -18,19 +18,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import dit, vae
+from bench import dit, parallel, parallel_block, vae, zero
 from bench.record import FOLDER, QUIET_LOAD, ROOT, Report, environment, table, write
 
-BENCHMARKS = {"dit": dit.rows, "vae": vae.rows}
+BENCHMARKS = {
+    "dit": dit.rows, "vae": vae.rows, "parallel": parallel.rows, "parallel_block": parallel_block.rows, "zero": zero.rows,
+}  # fmt: skip
 # Otherwise the time of a step depends on which blocks the C library gave back to the kernel before it, ours or the peer's.
 KEEP_FREED_BLOCKS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
-ENVIRONMENT: dict[str, dict[str, str]] = {"dit": KEEP_FREED_BLOCKS, "vae": {}}
+ENVIRONMENT: dict[str, dict[str, str]] = {"dit": KEEP_FREED_BLOCKS}
 
 METHOD = (
     "times: medians, the sides in turn (the transformer's: of runs that no other process disturbed); above 1x is faster",
     "saved activations: every storage that autograd keeps from forward to backward, once and whole, without parameters",
     "peak resident memory: the kernel's high-water mark in a fresh process, less what was resident before the call",
     "gradient error: max |a - b| / max |b|, the worst parameter",
+    "parallel: every rank has one thread; a run lasts as long as its slowest rank; N ranks, X bytes of one activation of all "
+    "tokens; bytes are counted by the ledger or from torch's collectives, as bandwidth-optimal algorithms send them",
     "nine tenths of the transformer's step are matrix products and attention that both sides share, and a quarter of the "
     "checkpointed peer's is made a second time, of which ours repeats the linears alone: its ratios stay near 1 and 1.2",
 )
@@ -38,7 +42,7 @@ METHOD = (
 
 def measure(name: str) -> Any:
     """The benchmark's figures, taken in a process of its own."""
-    command, variables = [sys.executable, "-m", f"bench.{name}"], os.environ | ENVIRONMENT[name]
+    command, variables = [sys.executable, "-m", f"bench.{name}"], os.environ | ENVIRONMENT.get(name, {})
     done = subprocess.run(command, cwd=ROOT, env=variables, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
 
@@ -60,7 +64,11 @@ def main() -> None:
             notes.append(f"other processes disturbed {name} all along: its times and their ratios say little")
         print(f"[{index}/{len(args.only)}] {name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     print(table(rows), *(f"- {note}" for note in notes), sep="\n")
-    write(Report("CPU benchmarks: ours against diffusers", machine, rows, notes, raw), args.out, "cpu")
+    write(
+        Report("CPU benchmarks: ours against diffusers, DeepSpeed and torch", machine, rows, notes, raw),
+        args.out,
+        "cpu",
+    )
 
 
 if __name__ == "__main__":

@@ -51,10 +51,15 @@ def _integer(name: str) -> int:
         raise ConfigError(f"environment variable {name} must be an integer, found {os.environ[name]!r}") from None
 
 
+def device_of(place: Place) -> torch.device:
+    """This process's GPU; the CPU where there is none."""
+    return torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def join(place: Place, layout: Layout | None = None) -> tuple[ParallelMesh, torch.device]:
     """Take this process's device, join the process group and build the mesh; without a layout all ranks are data parallel."""
     os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed insists on it, also in a single process
-    device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = device_of(place)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

@@ -7,10 +7,11 @@ import torch
 from cogvideo_dist.config.load import load_config
 from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.data.loader import check_ranks
-from cogvideo_dist.parallel.mesh import ParallelMesh, choose_layout, stop
+from cogvideo_dist.pack.attention import backend_for
+from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, Place, choose_layout, stop
 from cogvideo_dist.tasks.video import Sharding, VideoTask
 from launch.compose import RankData, build_transformer, load_frozen, run_training, transformer_geometry
-from launch.environment import config_parser, join, read_place, run_command, split_config
+from launch.environment import config_parser, device_of, join, read_place, run_command, split_config
 
 
 def main() -> None:
@@ -21,11 +22,19 @@ def main() -> None:
     )
     config = load_config(DiTRun, **split_config(parser.parse_args().config))
     place = read_place()
-    layout = choose_layout(config.parallel, world=place.world, heads=config.model.transformer().heads, node=place.node)
-    check_ranks(config.data.packs_per_step, layout.dp)
+    layout = layout_of(config, place)
     mesh, device = join(place, layout)
     train(config, mesh, device=device)
     stop()
+
+
+def layout_of(config: DiTRun, place: Place) -> Layout:
+    """Which ranks do what; refuses what cannot run before anything starts."""
+    layout = choose_layout(config.parallel, world=place.world, heads=config.model.transformer().heads, node=place.node)
+    check_ranks(config.data.packs_per_step, layout.dp)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
+    backend_for(config.parallel.attention, device=device_of(place), dtype=dtype, ring=layout.ring)
+    return layout
 
 
 def train(config: DiTRun, mesh: ParallelMesh, *, device: torch.device) -> None:

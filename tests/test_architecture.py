@@ -33,8 +33,8 @@ MAY_IMPORT = {
 """Package -> what else of ours it may import, itself aside. ``launch`` composes everything."""
 
 BELONGS = {
-    "torch.distributed": ("cogvideo_dist/parallel/",),
-    "deepspeed": ("cogvideo_dist/engine/",),
+    "torch.distributed": ("cogvideo_dist/parallel/", "bench/parallel_block.py"),  # which compares with its DTensor
+    "deepspeed": ("cogvideo_dist/engine/", "bench/parallel.py"),  # which compares with its Ulysses
     "diffusers": ("launch/demo.py", "bench/"),  # the demo compares with it, benchmarks are against it
 }
 """Module -> the only places that import it."""

@@ -122,10 +122,10 @@ class NormRotateAttend(torch.autograd.Function):
         rope: Tensor | None, seq: SequenceShard, eps: float, again: Again | None,
     ) -> Tensor:  # fmt: skip
         heads = qkv.shape[-2]
-        qkv = seq.to_heads(qkv)
+        qkv = seq.to_heads(qkv).wait()
         (q, k), _ = normed_heads(qkv, (wq, bq, wk, bk), rope, eps)
         attended = seq.attend(q, k, qkv[:, 2])
-        out = seq.to_tokens(attended.out, heads=heads)
+        out = seq.to_tokens(attended.out, heads=heads).wait()
         ctx.save_for_backward(None if again else qkv, wq, bq, wk, bk, rope, out, *attended.saved)
         ctx.seq, ctx.eps, ctx.again, ctx.graph, ctx.heads = seq, eps, again, attended.graph, heads
         return out
@@ -135,10 +135,11 @@ class NormRotateAttend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, wq, bq, wk, bk, rope, out, *saved = ctx.saved_tensors
         seq: SequenceShard = ctx.seq
-        qkv = qkv if ctx.again is None else seq.to_heads(ctx.again())
+        moving = move_to_heads(grad, out, seq=seq)
+        qkv = qkv if ctx.again is None else seq.to_heads(ctx.again()).wait()
         ctx.again = None
-        grad, out = _at_heads(grad, out, seq=seq)
         (q, k), inputs = normed_heads(qkv, (wq, bq, wk, bk), rope, ctx.eps)
+        grad, out = moving()
         *d_heads, d_v = seq.attend_backward(grad, Attended(out, tuple(saved), ctx.graph), qkv=(q, k, qkv[:, 2]))
         ctx.graph = None
         d_qkv = torch.empty_like(qkv)
@@ -150,11 +151,12 @@ class NormRotateAttend(torch.autograd.Function):
                 d, x, x.shape[-1:], mean, rstd, weight, bias, [True, True, True]
             )
             d_norms += d_norm
-        return seq.to_tokens(d_qkv, heads=ctx.heads), *d_norms, None, None, None, None
+        return seq.to_tokens(d_qkv, heads=ctx.heads).wait(), *d_norms, None, None, None, None
 
 
-def _at_heads(grad: Tensor, out: Tensor, *, seq: SequenceShard) -> tuple[Tensor, Tensor]:
-    """The output's gradient [w, heads, dim] and the output where they were made, [m, this rank's heads, dim].
+def move_to_heads(grad: Tensor, out: Tensor, *, seq: SequenceShard) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Send the output's gradient [w, heads, dim] to where attention was done; what is returned waits for it and gives the
+    gradient and the output there, [m, heads of this rank, dim].
 
     Attention's backward reads the output only through D = rowsum(grad * out) (Dao et al. 2022, sec. 3.1). So under Ulysses D
     travels, one number for each token and head, and the output's component along the gradient, grad * D / |grad|^2, stands in
@@ -162,14 +164,19 @@ def _at_heads(grad: Tensor, out: Tensor, *, seq: SequenceShard) -> tuple[Tensor,
     output's, so in 16 bits it rounds no worse.
     """
     if seq.mesh.ulysses.size == 1:
-        return grad, out
-    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    share = (grad.to(wide) * out).sum(-1, keepdim=True)
-    grad, share = seq.to_heads(grad), seq.to_heads(share)
-    scale = grad.abs().amax(-1, keepdim=True).to(wide).clamp_min(torch.finfo(wide).tiny)
-    unit = grad.to(wide) / scale  # or the square of a small gradient would vanish
-    component = unit * (share / scale / unit.square().sum(-1, keepdim=True).clamp_min(torch.finfo(wide).tiny))
-    return grad, component.to(grad.dtype)
+        return lambda: (grad, out)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    going = seq.to_heads(grad)
+    shares = seq.to_heads((grad.to(wide) * out).sum(-1, keepdim=True))
+
+    def arrived() -> tuple[Tensor, Tensor]:
+        here = going.wait()
+        # float64: the square of a small gradient would vanish
+        square = torch.linalg.vector_norm(here, dim=-1, keepdim=True, dtype=torch.float64).square_()
+        scale = (shares.wait() / square.clamp_min_(torch.finfo(torch.float64).tiny)).to(wide)
+        return here, (here * scale).to(here.dtype)
+
+    return arrived
 
 
 class LinearGateResidual(torch.autograd.Function):

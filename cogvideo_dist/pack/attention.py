@@ -222,7 +222,8 @@ def backend_for(name: str, *, device: torch.device, dtype: torch.dtype, ring: in
         fitting = [
             other for other in (*KERNELS, *PACKWISE) if not _refusal(other, device=device, dtype=dtype, ring=ring)
         ]
-        raise ValueError(f"parallel.attention {name} {reason}; use auto or one of {', '.join(fitting)}")
+        instead = f"use auto or one of {', '.join(fitting)}" if fitting else "no other back end does"
+        raise ValueError(f"parallel.attention {name} {reason}; {instead}")
     return Clipwise(KERNELS[name]) if name in KERNELS else Packwise(PACKWISE[name])
 
 
@@ -233,7 +234,7 @@ def _refusal(name: str, *, device: torch.device, dtype: torch.dtype, ring: int) 
     if name not in ("cpu", "efficient", "flex") and dtype not in SIXTEEN:
         return f"needs 16 bits, found {dtype}"
     if dtype == torch.float64 and name != "cpu":
-        return f"does not compute in {dtype}"
+        return f"does not compute in {dtype}, which runs on CPUs alone"
     if name == "varlen" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"is not in torch {torch.__version__}"
     if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:

@@ -139,11 +139,11 @@ class SequenceShard:
         wide = part(self._of_ring(rank // (ulysses * tp)), ulysses, index=rank // tp % ulysses)
         return part(wide, tp, index=rank % tp)
 
-    def to_heads(self, x: Tensor) -> Tensor:
+    def to_heads(self, x: Tensor) -> Pending:
         """[w, ..., heads, dim] -> [m, ..., this rank's heads, dim]"""
         return to_heads(x, self.mesh.ulysses, counts=self._counts)
 
-    def to_tokens(self, x: Tensor, *, heads: int) -> Tensor:
+    def to_tokens(self, x: Tensor, *, heads: int) -> Pending:
         """[m, ..., this rank's heads, dim] -> [w, ..., heads, dim]"""
         return to_tokens(x, self.mesh.ulysses, counts=self._counts, heads=heads)
 

@@ -1,4 +1,4 @@
-"""What this rank sent: calls and bytes of every collective, by axis and operation.
+"""What this rank sent: calls and bytes of every collective on tensors, by axis and operation.
 
 Bytes are those of the bandwidth-optimal algorithm, whatever the backend makes of it: an all-gather sends a rank's part to each
 other rank, a reduce-scatter all but its own part, a sum both, an all-to-all and a shift what they are given for others.

@@ -21,10 +21,10 @@ from cogvideo_dist.parallel.mesh import Axis
 
 
 class Pending:
-    """A tensor on its way. ``kept`` is what the collective reads, which must live until it is done."""
+    """A tensor on its way. ``kept`` is what is sent, which must live until it has arrived."""
 
     def __init__(
-        self, works: Sequence[dist.Work | None], finish: Callable[[], Tensor], *, kept: Tensor | None = None
+        self, works: Sequence[dist.Work | None], finish: Callable[[], Tensor], *, kept: Sequence[Tensor] = ()
     ) -> None:
         self._works, self._finish, self._kept = works, finish, kept
 
@@ -32,7 +32,7 @@ class Pending:
         for work in self._works:
             if work is not None:
                 work.wait()
-        self._kept = None
+        self._kept = ()
         return self._finish()
 
 
@@ -61,7 +61,7 @@ def gather(x: Tensor, axis: Axis, *, counts: Sequence[int]) -> Pending:
             return everyone
         return torch.cat([everyone[i * most : i * most + count] for i, count in enumerate(counts)])
 
-    return Pending((work,), finish, kept=mine)
+    return Pending((work,), finish, kept=(mine,))
 
 
 def scatter_sum(x: Tensor, axis: Axis, *, counts: Sequence[int]) -> Pending:
@@ -74,39 +74,45 @@ def scatter_sum(x: Tensor, axis: Axis, *, counts: Sequence[int]) -> Pending:
     mine = x.new_empty(most, *x.shape[1:])
     work = dist.reduce_scatter_tensor(mine, everyone, group=axis.group, async_op=True)
     axis.ledger.add(axis.name, "scatter_sum", sent=(axis.size - 1) * _bytes(mine))
-    return Pending((work,), lambda: mine[: counts[axis.rank]], kept=everyone)
+    return Pending((work,), lambda: mine[: counts[axis.rank]], kept=(everyone,))
 
 
-def to_heads(x: Tensor, axis: Axis, *, counts: Sequence[int]) -> Tensor:
+def to_heads(x: Tensor, axis: Axis, *, counts: Sequence[int]) -> Pending:
     """From this rank's tokens with all heads, [counts[r], ..., heads, dim], to all tokens with this rank's heads,
     [sum(counts), ..., heads_r, dim]. Heads are dealt evenly, the first ranks taking the rest. Adjoint: ``to_tokens``."""
     if axis.size == 1:
-        return x
-    *lead, heads, dim = x.shape
-    shares = even(heads, axis.size)
-    pieces = [(*lead, share, dim) for share in shares]
-    sent = x.new_empty(x.numel())
-    for target, part in zip(_views(sent, pieces), x.split(list(shares), dim=-2)):
-        target.copy_(part)
-    mine = shares[axis.rank]
-    shape = (sum(counts), *lead[1:], mine, dim)
-    row = prod(shape[1:])
-    return _all_to_all(sent, axis, sends=list(map(prod, pieces)), takes=[c * row for c in counts]).view(shape)
+        return here(x)
+    *lead, heads, _ = x.shape
+    parts = x.split(list(even(heads, axis.size)), dim=-2)
+    mine = parts[axis.rank]
+    whole = x.new_empty(sum(counts), *lead[1:], *mine.shape[-2:])
+    rows = whole.split(list(counts))
+    sent = [mine if peer == axis.rank else part.contiguous() for peer, part in enumerate(parts)]
+    works = _exchange(sent, rows, axis)
+    rows[axis.rank].copy_(mine)  # what stays here is copied while the rest travels
+    return Pending(works, lambda: whole, kept=sent)
 
 
-def to_tokens(x: Tensor, axis: Axis, *, counts: Sequence[int], heads: int) -> Tensor:
+def to_tokens(x: Tensor, axis: Axis, *, counts: Sequence[int], heads: int) -> Pending:
     """From all tokens with this rank's share of ``heads``, [sum(counts), ..., heads_r, dim], to this rank's tokens with all
     heads, [counts[r], ..., heads, dim]. Adjoint: ``to_heads``."""
     if axis.size == 1:
-        return x
+        return here(x)
     _, *middle, _, dim = x.shape
-    mine = counts[axis.rank]
-    pieces = [(mine, *middle, share, dim) for share in even(heads, axis.size)]
-    row = prod(x.shape[1:])
-    taken = _all_to_all(
-        x.contiguous().flatten(), axis, sends=[count * row for count in counts], takes=list(map(prod, pieces))
-    )
-    return torch.cat(_views(taken, pieces), dim=-2)
+    whole = x.new_empty(counts[axis.rank], *middle, heads, dim)
+    parts = whole.split(list(even(heads, axis.size)), dim=-2)
+    sent = x.contiguous().split(list(counts))
+    taken = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
+    works = _exchange(sent, taken, axis)
+    parts[axis.rank].copy_(sent[axis.rank])
+
+    def finish() -> Tensor:
+        for peer, part in enumerate(parts):
+            if peer != axis.rank:
+                part.copy_(taken[peer])
+        return whole
+
+    return Pending(works, finish, kept=sent)
 
 
 def shift(x: Tensor, axis: Axis, *, rows: int, back: bool = False) -> Pending:
@@ -124,7 +130,7 @@ def shift(x: Tensor, axis: Axis, *, rows: int, back: bool = False) -> Pending:
     if taken.numel():
         messages.append(dist.P2POp(dist.irecv, taken, before, axis.group))
     works = dist.batch_isend_irecv(messages) if messages else []
-    return Pending(works, lambda: taken, kept=x)
+    return Pending(works, lambda: taken, kept=(x,))
 
 
 def reduce_sum(x: Tensor, axis: Axis) -> Tensor:
@@ -196,9 +202,14 @@ def _views(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     return [flat[end - prod(shape) : end].view(*shape) for shape, end in zip(shapes, ends)]
 
 
-def _all_to_all(sent: Tensor, axis: Axis, *, sends: list[int], takes: list[int]) -> Tensor:
-    """Elements to and from every rank; both flat."""
-    taken = sent.new_empty(sum(takes))
-    dist.all_to_all_single(taken, sent, takes, sends, group=axis.group)
-    axis.ledger.add(axis.name, "all_to_all", sent=(sum(sends) - sends[axis.rank]) * sent.element_size())
-    return taken
+def _exchange(sent: Sequence[Tensor], taken: Sequence[Tensor], axis: Axis) -> list[dist.Work]:
+    """A tensor to and from every other rank. As messages between pairs, so that they may land where they belong."""
+    messages, total = [], 0
+    for peer, (out, into) in enumerate(zip(sent, taken)):
+        if peer != axis.rank and out.numel():
+            messages.append(dist.P2POp(dist.isend, out, axis.ranks[peer], axis.group))
+            total += _bytes(out)
+        if peer != axis.rank and into.numel():
+            messages.append(dist.P2POp(dist.irecv, into, axis.ranks[peer], axis.group))
+    axis.ledger.add(axis.name, "all_to_all", sent=total)
+    return dist.batch_isend_irecv(messages) if messages else []

@@ -19,7 +19,7 @@ from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.models.init import draw_parameters
 from cogvideo_dist.models.vae import VAE, VAEConfig
-from cogvideo_dist.parallel.mesh import ParallelMesh
+from cogvideo_dist.parallel.mesh import ParallelMesh, Place, build_mesh
 from data_tools import make_shards
 from data_tools.make_demo_text import make_text
 from launch import train_dit
@@ -142,7 +142,10 @@ def outcome(name: str, main: Callable[[], Any]) -> tuple[int, str, str]:
 
 def train(mesh: ParallelMesh, file: Path, overrides: list[str]) -> None:
     """A training on forked ranks, as the command composes it."""
-    train_dit.train(load_config(DiTRun, [file], overrides=overrides), mesh, device=torch.device("cpu"))
+    config = load_config(DiTRun, [file], overrides=overrides)
+    rank, ranks = mesh.world.rank, mesh.world.size
+    layout = train_dit.layout_of(config, Place(rank, ranks, rank, node=ranks))
+    train_dit.train(config, build_mesh(layout, rank=rank), device=torch.device("cpu"))
 
 
 def try_train(mesh: ParallelMesh, file: Path, overrides: list[str]) -> tuple[int, str, str]:
