@@ -51,16 +51,17 @@ def measurements(setting: Setting) -> list[Measurement]:
         for backend in ("default", "flash") if setting.toy else rates.BACKENDS:
             run = partial(rates.attention, length=length, backend=backend)
             found.append(Measurement(f"attention-{backend}-{length}", 10, run))
-        found.append(Measurement(f"attention-ours-{length}", 10, partial(rates.our_attention, length=length)))
-        if setting.device.type == "cuda":
-            found.append(Measurement(f"attention-varlen-{length}", 10, partial(rates.varlen_attention, length=length)))
-    kernels = ("cudnn", "flash", "efficient") if setting.device.type == "cuda" else ("cpu",)
+    back_ends = rates.back_ends(setting)
+    for lengths in ((TOY_LENGTH, TOY_LENGTH),) if setting.toy else ((LENGTHS[0],), (LENGTHS[1],) * 2):
+        for name in back_ends:
+            what = f"back-end-{name}-{len(lengths)}x{lengths[0]}"
+            found.append(Measurement(what, 12, partial(rates.our_attention, backend=name, lengths=lengths)))
     return [
         *found,
         Measurement("head-norm", 5, rates.head_norm),
         Measurement("matrix-products", 5, rates.products),
         Measurement("convolution", 10, rates.convolution),
-        *(Measurement(f"gate-{kernel}", 5, partial(correctness.kernel_gate, kernel=kernel)) for kernel in kernels),
+        *(Measurement(f"gate-{name}", 5, partial(correctness.back_end_gate, name=name)) for name in back_ends),
         Measurement("gate-block", 10, correctness.block_gate),
         Measurement("block", 30, rates.block),
         Measurement("fine-tune-5b", 90 if diffusers_installed() else 50, training.fine_tune_5b),

@@ -7,9 +7,9 @@ the scores again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,8 @@ from cogvideo_dist.models.dit import Block, Recompute
 from cogvideo_dist.models.embed import rope_table
 from cogvideo_dist.models.fused import normed_heads
 from cogvideo_dist.models.presets import PRESETS, DiTConfig
-from cogvideo_dist.pack.attention import backend_for
-from cogvideo_dist.pack.layout import Clip, Group, PackLayout
+from cogvideo_dist.pack.attention import KERNELS, PACKWISE, backend_for
+from cogvideo_dist.pack.layout import Clip, PackLayout, groups_of
 from cogvideo_dist.pack.shard import SequenceShard
 from cogvideo_dist.parallel.mesh import Axis
 
@@ -73,30 +73,35 @@ def attention(setting: Setting, *, length: int, backend: str) -> list[Row]:
     return attention_rows(setting, f"sdpa {backend}", length=length, passes=(forward, backward))
 
 
-def our_attention(setting: Setting, *, length: int) -> list[Row]:
-    """``pack.attention`` as a block calls it: tokens first, values a slice of the joint tensor."""
-    qkv = setting.randn(length, 3, heads_of(setting), HEAD_DIM)
+def our_attention(setting: Setting, *, backend: str, lengths: tuple[int, ...]) -> list[Row]:
+    """A back end of ``pack.attention`` as a block calls it on a pack: tokens first, values a slice of the joint tensor."""
+    qkv = setting.randn(sum(lengths), 3, heads_of(setting), HEAD_DIM)
     q, k, v = qkv[:, 0].contiguous(), qkv[:, 1].contiguous(), qkv[:, 2]
-    backend = backend_for("auto", device=q.device, dtype=q.dtype)
-    groups, grad = (Group(0, 0, 1, length, length),), torch.randn_like(q)
-    forward = partial(backend.attend, (q, k, v), groups)
-    backward = partial(backend.attend_backward, grad, forward(), qkv=(q, k, v), groups=groups)
-    return attention_rows(setting, "attend (ours)", length=length, passes=(forward, backward))
+    served = backend_for(backend, device=q.device, dtype=q.dtype)
+    groups, grad = groups_of(lengths, lengths), torch.randn_like(q)
+
+    def both() -> object:  # what autograd kept for a whole-pack function serves one backward
+        return served.attend_backward(grad, served.attend((q, k, v), groups), qkv=(q, k, v), groups=groups)
+
+    operations = sum(attention_flops(length, heads_of(setting) * HEAD_DIM) for length in lengths)
+    passes: tuple[tuple[str, Run, float], ...] = (
+        ("forward", partial(served.attend, (q, k, v), groups), 1.0), ("forward and backward", both, 3.5),
+    )  # fmt: skip
+    return [
+        Row("back end", f"{backend}, pack of {' + '.join(map(str, lengths))} tokens, {part}", "TF/s",
+            tera(factor * operations, milliseconds(run, setting.device)))
+        for part, run, factor in passes
+    ]  # fmt: skip
 
 
-def varlen_attention(setting: Setting, *, length: int) -> list[Row]:
-    """``torch.nn.attention.varlen`` on a pack of one segment; it has no kernel for a CPU."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (setting.randn(length, heads_of(setting), HEAD_DIM).requires_grad_() for _ in range(3))
-    ends = torch.tensor([0, length], device=setting.device, dtype=torch.int32)
-    grad = torch.randn_like(q)
-
-    def forward() -> Any:
-        return varlen_attn(q, k, v, ends, ends, length, length)
-
-    backward = partial(torch.autograd.grad, forward(), (q, k, v), grad, retain_graph=True)
-    return attention_rows(setting, "varlen_attn", length=length, passes=(forward, backward))
+def back_ends(setting: Setting) -> list[str]:
+    """The names of those that serve this device and precision."""
+    found = []
+    for name in (*KERNELS, *PACKWISE):
+        with suppress(ValueError):
+            backend_for(name, device=setting.device, dtype=setting.dtype)
+            found.append(name)
+    return found
 
 
 def attention_rows(setting: Setting, name: str, *, length: int, passes: tuple[Run, Run]) -> list[Row]:

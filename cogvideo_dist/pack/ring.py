@@ -34,7 +34,7 @@ def ring_attend(kernel: Kernel, qkv: Triple, *, ring: Axis, shares: Shares) -> A
         following = shift(kv, ring, rows=sum(shares[coming])) if step < ring.size - 1 else None
         for group in groups_of(shares[ring.rank], shares[owner]):
             parts, saved = kernel.forward(*segments((q, kv[:, 0], kv[:, 1]), group))
-            _merge(out, lse, parts=parts, part_lse=saved[0], group=group)
+            merge(out, lse, parts=parts, part_lse=saved[0], group=group)
             state = saved[1:]
         if following is not None:
             kv = following.wait()
@@ -51,7 +51,7 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in SIXTEEN else x.dtype
 
 
-def _merge(out: Tensor, lse: Tensor, *, parts: Tensor, part_lse: Tensor | None, group: Group) -> None:
+def merge(out: Tensor, lse: Tensor, *, parts: Tensor, part_lse: Tensor | None, group: Group) -> None:
     """Add a part's output [clips, h, length, dim] and log-sum-exp to those of the group's rows: with L = log(e^a + e^b),
     out = e^(a-L) out_a + e^(b-L) out_b."""
     if part_lse is None:
@@ -79,7 +79,7 @@ def ring_attend_backward(
         following = shift(kv, ring, rows=sum(shares[coming])) if step < ring.size - 1 else None
         d_kv = own if step == 0 else torch.zeros(kv.shape, dtype=_wide(q), device=q.device)
         for group in groups_of(shares[ring.rank], shares[owner]):
-            _add_block(kernel, (grad, attended), qkv=(q, kv[:, 0], kv[:, 1]), group=group, into=(d_q, d_kv))
+            add_block(kernel, (grad, attended), qkv=(q, kv[:, 0], kv[:, 1]), group=group, into=(d_q, d_kv))
         if travelling is not None:
             d_kv += travelling.wait()
         if step > 0:
@@ -91,7 +91,7 @@ def ring_attend_backward(
     return d_q.to(q.dtype), own[:, 0].to(q.dtype), own[:, 1].to(q.dtype)
 
 
-def _add_block(
+def add_block(
     kernel: Kernel, given: tuple[Tensor, Attended], *, qkv: Triple, group: Group, into: tuple[Tensor, Tensor]
 ) -> None:
     """Add the gradients of one group's queries and of the keys that are here."""
