@@ -21,7 +21,7 @@ from cogvideo_dist.models.embed import rope_table
 from cogvideo_dist.models.presets import DiTConfig
 from cogvideo_dist.pack.attention import KERNELS, Attended, backend_for, segments
 from cogvideo_dist.pack.layout import Clip, PackLayout, Run, groups_of
-from cogvideo_dist.pack.ring import add_block, merge
+from cogvideo_dist.pack.ring import add_block, block_gradients, merge
 from cogvideo_dist.pack.shard import SequenceShard
 from cogvideo_dist.parallel.mesh import Axis
 from cogvideo_dist.parallel.ops import even
@@ -173,7 +173,8 @@ def ring_errors(setting: Setting, name: str, dtype: torch.dtype) -> tuple[float,
     for half, rows in enumerate(halves):
         into = torch.zeros(len(rows), 2, 4, 64, dtype=wide, device=q.device)
         for group in groups_of(LENGTHS, [part[half] for part in parts]):
-            add_block(kernel, (grad, attended), qkv=(q, k[rows], v[rows]), group=group, into=(d_q, into))
+            found = block_gradients(kernel, (grad, attended), qkv=(q, k[rows], v[rows]), group=group)
+            add_block(d_q, into, parts=found, group=group)
         d_kv[rows] = into
     return worst_errors((attended.out, d_q, d_kv[:, 0], d_kv[:, 1]), (q, k, v), grad)
 

@@ -52,17 +52,15 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def merge(out: Tensor, lse: Tensor, *, parts: Tensor, part_lse: Tensor | None, group: Group) -> None:
-    """Add a part's output [clips, h, length, dim] and log-sum-exp to those of the group's rows: with L = log(e^a + e^b),
-    out = e^(a-L) out_a + e^(b-L) out_b."""
+    """Add a part's output [clips, h, length, dim] and log-sum-exp b to those of the group's rows, a: with L = log(e^a + e^b)
+    the sum e^(a-L) out + e^(b-L) part is a step from one to the other, of weight e^(b-L) = sigmoid(b - a)."""
     if part_lse is None:
         raise ValueError("this attention kernel saves no log-sum-exp")
     rows = slice(group.start, group.start + group.clips * group.length)
     shaped = part_lse.reshape(group.clips, parts.shape[1], -1)[..., : group.length]
     new = shaped.transpose(1, 2).flatten(0, 1)
-    total = torch.logaddexp(lse[rows], new)
-    out[rows] *= (lse[rows] - total).exp()[..., None]
-    out[rows] += parts.transpose(1, 2).flatten(0, 1) * (new - total).exp()[..., None]
-    lse[rows] = total
+    out[rows].lerp_(parts.transpose(1, 2).flatten(0, 1).to(out.dtype), torch.sigmoid(new - lse[rows])[..., None])
+    lse[rows] = torch.logaddexp(lse[rows], new)
 
 
 def ring_attend_backward(
@@ -77,11 +75,11 @@ def ring_attend_backward(
     for step in range(ring.size):
         owner, coming = _owners(ring, step)
         following = shift(kv, ring, rows=sum(shares[coming])) if step < ring.size - 1 else None
-        d_kv = own if step == 0 else torch.zeros(kv.shape, dtype=_wide(q), device=q.device)
-        for group in groups_of(shares[ring.rank], shares[owner]):
-            add_block(kernel, (grad, attended), qkv=(q, kv[:, 0], kv[:, 1]), group=group, into=(d_q, d_kv))
-        if travelling is not None:
-            d_kv += travelling.wait()
+        groups = groups_of(shares[ring.rank], shares[owner])
+        blocks = [block_gradients(kernel, (grad, attended), qkv=(q, kv[:, 0], kv[:, 1]), group=g) for g in groups]
+        d_kv = own if step == 0 else torch.zeros_like(kv, dtype=own.dtype) if travelling is None else travelling.wait()
+        for group, parts in zip(groups, blocks):
+            add_block(d_q, d_kv, parts=parts, group=group)
         if step > 0:
             travelling = shift(d_kv, ring, rows=sum(shares[coming]))
         if following is not None:
@@ -91,23 +89,24 @@ def ring_attend_backward(
     return d_q.to(q.dtype), own[:, 0].to(q.dtype), own[:, 1].to(q.dtype)
 
 
-def add_block(
-    kernel: Kernel, given: tuple[Tensor, Attended], *, qkv: Triple, group: Group, into: tuple[Tensor, Tensor]
-) -> None:
-    """Add the gradients of one group's queries and of the keys that are here."""
+def block_gradients(kernel: Kernel, given: tuple[Tensor, Attended], *, qkv: Triple, group: Group) -> Triple:
+    """Of a group's queries and of the keys and values that are here, [clips, h, length, dim], given the gradient of the merged
+    output."""
     grad, attended = given
     lse, *state = attended.saved
     if lse is None:
         raise ValueError("a ring keeps the log-sum-exp")
-    d_q, d_kv = into
     rows = slice(group.start, group.start + group.clips * group.length)
-    keys = slice(group.k_start, group.k_start + group.clips * group.k_length)
     merged = lse[rows].unflatten(0, (group.clips, group.length)).transpose(1, 2).contiguous()
-    parts = kernel.backward(
-        queries(grad, group), segments(qkv, group), queries(attended.out, group),
-        (kernel.wrap(merged), *state),
-    )  # fmt: skip
+    return kernel.backward(
+        queries(grad, group), segments(qkv, group), queries(attended.out, group), (kernel.wrap(merged), *state)
+    )
+
+
+def add_block(d_q: Tensor, d_kv: Tensor, *, parts: Triple, group: Group) -> None:
+    """Add a group's gradients to those of all rows."""
     part_q, part_k, part_v = (part.transpose(1, 2).flatten(0, 1) for part in parts)
-    d_q[rows] += part_q
+    keys = slice(group.k_start, group.k_start + group.clips * group.k_length)
+    d_q[group.start : group.start + group.clips * group.length] += part_q
     d_kv[keys, 0] += part_k
     d_kv[keys, 1] += part_v
