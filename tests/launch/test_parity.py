@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cogvideo_dist.parallel.mesh import Layout, Place
+from launch.parity import main
+from launch.parity_report import table
+from launch.parity_verdict import failed
+from launch.parity_worlds import WorldError, run_world
 from tests.launch.commands import ROOT, environment
+from tests.launch.world import outcome
 
 CONFIG = """\
 run: {dir: nowhere/run, seed: 3}
@@ -63,7 +74,12 @@ def test_every_layout_of_two_ranks_is_one_process(folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all 4 layouts compute what one process computes" in done.stdout
     report = read(folder, *ALL)
-    assert report["passed"] and [layout["layout"] for layout in report["layouts"]] == ["dp2", "ulysses2", "ring2", "tp2"]
+    assert report["passed"] and [layout["layout"] for layout in report["layouts"]] == [
+        "dp2",
+        "ulysses2",
+        "ring2",
+        "tp2",
+    ]
     for layout in report["layouts"]:
         assert layout["loss"] <= 1e-12 and layout["gradient"]["error"] <= 1e-12, layout
         assert 0 < layout["weight"]["error"] <= 1e-6 and layout["norm"] <= 1e-5, layout
@@ -98,7 +114,7 @@ def test_the_page_needs_no_network_and_its_figures_are_whole(folder: Path) -> No
     assert "nowhere/shards" in page and "dp2" in page
 
 
-@pytest.mark.parametrize(("operation", "layout"), [("to_tokens", "ulysses2"), ("shift", "ring2"), ("enter", "tp2")])
+@pytest.mark.parametrize(("operation", "layout"), [("to_tokens", "ulysses2"), ("enter", "tp2")])
 def test_a_wrong_collective_is_found_where_it_is_used(folder: Path, operation: str, layout: str) -> None:
     options = ("--ranks", "2", "--layouts", f"dp2,{layout}", "--steps", "1", "--broken", operation)
     done = parity(folder, *options)
@@ -111,10 +127,46 @@ def test_a_wrong_collective_is_found_where_it_is_used(folder: Path, operation: s
     assert wrong["layout"] in (folder / "".join(options) / "parity.html").read_text().split("What is wrong")[1]
 
 
-def test_ranks_that_hang_fail_their_layout_in_time_and_others_still_run(folder: Path) -> None:
-    """A ring of three Ulysses heads more than ... is never asked; here the limit is what no world can keep."""
-    options = ("--ranks", "2", "--layouts", "dp2,tp2", "--steps", "1", "--timeout", "0.05")
-    done = parity(folder, *options)
+def hang(job: object, place: Place) -> dict[str, Any]:
+    return {} if place.rank else endless()
+
+
+def endless() -> dict[str, Any]:
+    while True:
+        time.sleep(1)
+
+
+def crash(job: object, place: Place) -> dict[str, Any]:
+    if place.rank == 1:
+        raise ValueError("no room\nfor this rank")
+    return endless()
+
+
+def vanish(job: object, place: Place) -> dict[str, Any]:
+    if place.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return endless()
+
+
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        (crash, "rank 1: for this rank"),
+        (vanish, "rank 1 ended with exit code -9"),
+        (hang, "ranks 0 did not end in 2 s"),
+    ],
+)
+def test_ranks_that_crash_or_hang_end_their_world(tmp_path: Path, work: Callable[..., Any], message: str) -> None:
+    with pytest.raises(WorldError, match=message) as raised:
+        run_world(work, None, world=2, device="cpu", folder=tmp_path / "world", timeout_s=2)
+    assert not multiprocessing.active_children()
+    verdict = failed(Layout(tp=2), str(raised.value), seconds=5.0, details=raised.value.details)
+    assert not verdict.passed and message in table([verdict])
+    assert "1 of 1 layouts are wrong: tp2" in table([verdict])
+
+
+def test_one_process_that_fails_leaves_nothing_to_compare_with(folder: Path) -> None:
+    done = parity(folder, "--ranks", "2", "--timeout", "0.05")
     assert done.returncode == 1
     assert "one process alone failed" in done.stderr and "did not end in 0.05 s" in done.stderr
 
@@ -132,14 +184,14 @@ def test_ranks_that_hang_fail_their_layout_in_time_and_others_still_run(folder: 
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused(folder: Path, options: tuple[str, ...], message: str) -> None:
-    done = parity(folder, *options)
-    assert done.returncode == 78
-    assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    arguments = ["--config", str(folder / "run.yaml"), *options]
+    code, _, stderr = outcome("parity", lambda: main(arguments))
+    assert code == 78
+    assert message in stderr and stderr.count("\n") == 1, stderr
 
 
-def test_the_hook_of_these_tests_is_not_shown() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "parity.py"), "--help"], capture_output=True, text=True, check=True,
-        cwd=ROOT, env=environment(),
-    )  # fmt: skip
-    assert "--layouts" in done.stdout and "--broken" not in done.stdout
+def test_the_hook_of_these_tests_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert "--layouts" in shown and "--broken" not in shown

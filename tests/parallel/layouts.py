@@ -105,3 +105,13 @@ def errors(mesh: ParallelMesh, layout: Layout, cases: dict[str, tuple[DiTConfig,
             scale = max(g.abs().max().item() for g in (grad, expected[name.replace("norm_k.bias", "norm_k.weight")]))
             found[f"{case} {name}"] = (grads[name] - grad).abs().max().item() / scale
     return found
+
+
+def denoised(mesh: ParallelMesh, config: DiTConfig) -> Tensor:
+    """The velocity of two clips, as a sampler asks for it."""
+    mesh = build_mesh(Layout(tp=mesh.world.size), rank=mesh.world.rank)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 3, config.in_channels, 6, 10, generator=generator, dtype=torch.float64)
+    text = torch.randn(2, 5, config.text_dim, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        return model_of(config, mesh).denoise(latents, text, torch.tensor([5, 700]))

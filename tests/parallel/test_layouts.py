@@ -10,7 +10,7 @@ import pytest
 from cogvideo_dist.models.dit import Recompute
 from cogvideo_dist.models.presets import RELEASED, DiTConfig, tiny
 from cogvideo_dist.parallel.mesh import Layout
-from tests.parallel.layouts import errors
+from tests.parallel.layouts import denoised, errors
 from tests.ranks import run_ranks
 
 BOUND = 1e-12
@@ -48,3 +48,10 @@ def test_every_variant_of_the_model_is_the_same_under_a_layout(layout: Layout) -
 def test_thirty_heads_run_on_four_and_eight_ranks(layout: Layout) -> None:
     """8, 8, 7 and 7 heads, or 15 each and a ring."""
     assert_equal(layout, {"2b": (replace(tiny("cogvideox-2b"), heads=30, layers=1), "none")})
+
+
+def test_every_tensor_parallel_rank_gets_the_whole_velocity() -> None:
+    config = small("cogvideox-5b")
+    expected = run_ranks(denoised, 1, config)[0]
+    for found in run_ranks(denoised, 4, config):
+        assert (found - expected).abs().max() <= BOUND * expected.abs().max()
