@@ -18,7 +18,6 @@ from cogvideo_dist.data.plan import Plan
 from cogvideo_dist.data.shards import Record, ShardReader, read_index
 from cogvideo_dist.engine.checkpoint import flat
 from cogvideo_dist.engine.log import report_line
-from cogvideo_dist.engine.trainer import DataLimits, Trainer
 from cogvideo_dist.evaluation.media import replacing
 from cogvideo_dist.models.dit import DiT, Recompute
 from cogvideo_dist.models.init import draw_parameters
@@ -28,7 +27,7 @@ from cogvideo_dist.models.vae import VAE, VAEConfig
 from cogvideo_dist.pack.layout import Clip
 from cogvideo_dist.parallel.mesh import Axis, ParallelMesh
 from cogvideo_dist.parallel.ops import barrier, broadcast_object
-from cogvideo_dist.protocols import Batch, Defect, Geometry, Task
+from cogvideo_dist.protocols import Batch, Defect, Geometry
 from cogvideo_dist.tasks.video import FrozenModels, cut_reason
 
 FREE = {
@@ -167,16 +166,6 @@ class RankData:
 
     def _any_held_out(self) -> Batch:
         return next(self.loader.held_out_batches_of(0))
-
-
-def run_training(config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: ParallelMesh) -> None:
-    """From the run's folder to its last step."""
-    prepare_folder(config, mesh, plan=data.plan)
-    limits = DataLimits(
-        micro_steps=data.loader.micro_steps, tokens_per_pack=config.data.tokens_per_pack,
-        max_bad_share=config.data.max_bad_share,
-    )  # fmt: skip
-    Trainer(config, task, batches=data, mesh=mesh, data_limits=limits).run()
 
 
 def prepare_folder(config: DiTRun | VAERun, mesh: ParallelMesh, *, plan: Plan) -> None:

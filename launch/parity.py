@@ -22,7 +22,7 @@ from cogvideo_dist.parallel.mesh import Layout, legal_layouts
 from launch.compose import transformer_geometry
 from launch.environment import FAILED, config_parser, run_command, split_config
 from launch.parity_report import Context, table, write_report
-from launch.parity_steps import BREAKABLE, Job, Stage, packs_of, work
+from launch.parity_steps import BREAKABLE, Job, Stage, attention_of, packs_of, work
 from launch.parity_verdict import TOLERANCES, Shapes, Verdict, failed, judge
 from launch.parity_worlds import Answer, WorldError, prepare, run_world
 
@@ -37,14 +37,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     job, layouts = prepared(options)
     prepare(job.device)
     reference, verdicts = compared(job, layouts)
-    context = Context(
-        job, reference["loss"], TOLERANCES[job.device], "" if options.broken is None else f"broken on purpose: {options.broken}"
-    )  # fmt: skip
+    warning = ". ".join(warnings(job))
+    context = Context(job, reference["loss"], TOLERANCES[job.device], warning)
     out = Path(options.out or Path(job.config.run.dir) / "parity")
     write_report(out, verdicts, context=context)
+    sys.stdout.write(f"warning: {warning}\n" if warning else "")
     sys.stdout.write(table(verdicts) + f"\nreport: {out / 'parity.html'}\n")
     if not all(verdict.passed for verdict in verdicts):
         sys.exit(FAILED)
+
+
+def warnings(job: Job) -> list[str]:
+    """What makes the comparison less than it seems."""
+    found = [] if job.broken is None else [f"broken on purpose: {job.broken}"]
+    wanted = job.config.parallel.attention
+    if attention_of(job.config, device=torch.device(job.device), dtype=job.dtype, ring_size=1) != wanted:
+        found.append(f"parallel.attention {wanted} does not serve {job.dtype} on {job.device}: auto stands in for it")
+    return found
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,8 +10,9 @@ from cogvideo_dist.data.loader import check_ranks
 from cogvideo_dist.pack.attention import backend_for
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, Place, choose_layout, stop
 from cogvideo_dist.tasks.video import Sharding, VideoTask
-from launch.compose import RankData, build_transformer, load_frozen, run_training, transformer_geometry
+from launch.compose import RankData, build_transformer, load_frozen, transformer_geometry
 from launch.environment import config_parser, device_of, join, read_place, run_command, split_config
+from launch.training import run_training
 
 
 def main() -> None:

@@ -7,8 +7,9 @@ from cogvideo_dist.config.schema import VAERun
 from cogvideo_dist.data.loader import check_ranks
 from cogvideo_dist.parallel.mesh import ParallelMesh, stop
 from cogvideo_dist.tasks.vae import VAETask
-from launch.compose import RankData, build_vae, latent_geometry, run_training
+from launch.compose import RankData, build_vae, latent_geometry
 from launch.environment import config_parser, join, read_place, run_command, split_config
+from launch.training import run_training
 
 
 def main() -> None:

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from cogvideo_dist.engine.zero import FullState
 from cogvideo_dist.parallel.split import full_shape
+
+FullState = dict[str, dict[str, Tensor]]
+"""Kind (``weights``, ``exp_avg``, ``exp_avg_sq``, ``ema``) -> parameter name -> the whole tensor in float32."""
 
 FORMAT = 1
 PREFIX, ASIDE, DYING = "step-", ".tmp-", ".del-"

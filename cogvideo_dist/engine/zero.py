@@ -26,6 +26,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from cogvideo_dist.config.schema import Train
+from cogvideo_dist.engine.checkpoint import FullState
 from cogvideo_dist.engine.optim import AdamWithEma, make_optimizer, state_keys
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.parallel.ops import reduce_sum
@@ -35,9 +36,6 @@ from cogvideo_dist.parallel.split import joined_whole, own_slice, split_of
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-FullState = dict[str, dict[str, Tensor]]
-"""Kind (``weights``, ``exp_avg``, ``exp_avg_sq``, ``ema``) -> parameter name -> the whole tensor in float32."""
 
 
 def deepspeed_config(train: Train, *, replicas: int, micro_steps: int) -> dict[str, Any]:

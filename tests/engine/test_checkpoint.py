@@ -9,8 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cogvideo_dist.engine.checkpoint import CheckpointError, Saved, check_about, checkpoints, load, newest, save, verify
-from cogvideo_dist.engine.zero import FullState
+from cogvideo_dist.engine.checkpoint import (
+    CheckpointError,
+    FullState,
+    Saved,
+    check_about,
+    checkpoints,
+    load,
+    newest,
+    save,
+    verify,
+)
 
 
 def model() -> nn.Module:

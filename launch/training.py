@@ -1,0 +1,19 @@
+"""What the two training commands share; apart from compose.py, because DeepSpeed takes seconds to import."""
+
+from __future__ import annotations
+
+from cogvideo_dist.config.schema import DiTRun, VAERun
+from cogvideo_dist.engine.trainer import DataLimits, Trainer
+from cogvideo_dist.parallel.mesh import ParallelMesh
+from cogvideo_dist.protocols import Task
+from launch.compose import RankData, prepare_folder
+
+
+def run_training(config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: ParallelMesh) -> None:
+    """From the run's folder to its last step."""
+    prepare_folder(config, mesh, plan=data.plan)
+    limits = DataLimits(
+        micro_steps=data.loader.micro_steps, tokens_per_pack=config.data.tokens_per_pack,
+        max_bad_share=config.data.max_bad_share,
+    )  # fmt: skip
+    Trainer(config, task, batches=data, mesh=mesh, data_limits=limits).run()
