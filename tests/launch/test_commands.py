@@ -69,9 +69,12 @@ def test_pictures_are_made_from_prompts(trained: Path) -> None:
     ]
 
 
-def test_pictures_under_stage_3_on_two_ranks_are_those_of_one(world: World, trained: Path) -> None:
-    run = world.root / "pictures-3"
-    changes = ("train.zero_stage=3", "train.steps=4", "validation.samples_every=4", "validation.prompts=[A cat.]")
+@pytest.mark.parametrize("layout", ["parallel.sp=1", "parallel.tp=2", "parallel.sp=2"])
+def test_pictures_under_stage_3_on_two_ranks_are_those_of_one(world: World, trained: Path, layout: str) -> None:
+    run = world.root / f"pictures-3-{layout}"
+    changes = (
+        "train.zero_stage=3", "train.steps=4", "validation.samples_every=4", "validation.prompts=[A cat.]", layout,
+    )  # fmt: skip
     run_ranks(train, 2, world.file, world.overrides(run, *changes))
     ours, other = (decoded(folder / "samples" / "step-000004" / "prompt-00.mp4") for folder in (run, trained))
     assert ours.shape == other.shape == (9, 32, 32, 3)
