@@ -8,10 +8,14 @@ Legend: B batch, C channels, T frames held here, H and W height and width, G gro
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from cogvideo_dist.parallel.mesh import Axis
+from cogvideo_dist.parallel.ops import even, everyone, left_of
 
 
 class TimeContext(Protocol):
@@ -72,6 +76,50 @@ class Stream:
     def next(self) -> None:
         """The chunk is done; the following frames continue it."""
         self.first = False
+
+
+class Shards:
+    """The clip's frames are split over the ranks of an axis, in order (``latent_shares``, ``frames_of``).
+
+    The frames on the left are the previous rank's last ones, and their gradient goes back there. Statistics are those of the
+    whole clip. Every rank runs the same model on its piece.
+    """
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+        self.first = axis.rank == 0
+
+    def left(self, asker: nn.Module, x: Tensor, *, width: int) -> Tensor:
+        return left_of(_repeat_first(x, width), x[:, :, -width:], self.axis)
+
+    def moments(self, mean: Tensor, m2: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
+        """Chan, Golub, LeVeque 1983: counts weigh the means, and their spread joins the squared deviations."""
+        counts, means, m2s = everyone(torch.stack([torch.full_like(mean, count), mean, m2]), self.axis).unbind(1)
+        total = counts.sum(0)
+        merged = (counts * means).sum(0) / total
+        return merged, (m2s + counts * (means - merged).square()).sum(0) / total
+
+
+def latent_shares(latents: int, ranks: int, *, lent: int = 2) -> tuple[int, ...]:
+    """Latent frames of every rank: even shares, the first ranks taking the rest.
+
+    Raises ``ValueError`` where a rank would have to lend ``lent`` frames to the next and holds fewer.
+    """
+    shares = even(latents, ranks)
+    if any(share < lent for share in shares[:-1]) or not shares[-1]:
+        most = max((latents - 1) // lent + 1, 1)
+        raise ValueError(
+            f"{latents} latent frames do not split over {ranks} ranks: all but the last must hold {lent} to lend them to the "
+            f"next; the most ranks that serve are {most}"
+        )
+    return shares
+
+
+def frames_of(shares: tuple[int, ...], rank: int, *, compression: int) -> range:
+    """The frames of the clip that become a rank's latent frames: the first latent frame is frame 0 alone, and each of the
+    others stands for ``compression`` frames."""
+    ends = [1 + compression * (latents - 1) for latents in accumulate(shares)]
+    return range(ends[rank - 1] if rank else 0, ends[rank])
 
 
 def _repeat_first(x: Tensor, width: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Collectives, each with its mathematics; all of them do nothing on an axis of size 1.
 
 Legend: x_r is what rank r of an axis of N ranks holds. Tensors are split along their first dimension into rows; ranks may
-hold different numbers of rows, ``counts``, which every rank knows. Only ``enter`` is differentiable; the others are called
-by operations with a backward of their own, and each names the collective that is its adjoint.
+hold different numbers of rows, ``counts``, which every rank knows. ``enter``, ``everyone`` and ``left_of`` are differentiable;
+the others are called by operations with a backward of their own, and each names the collective that is its adjoint.
 """
 
 from __future__ import annotations
@@ -161,6 +161,60 @@ def enter(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
     y_r = x; backward: dx = sum_r dy_r, one message for all values. Differentiable.
     """
     return tuple(values) if axis.size == 1 else _Enter.apply(axis, *values)
+
+
+class _Everyone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return gather(x[None], axis, counts=(1,) * axis.size).wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return scatter_sum(grad, ctx.axis, counts=(1,) * ctx.axis.size).wait()[0], None
+
+
+def everyone(x: Tensor, axis: Axis) -> Tensor:
+    """y_r = [x_0, x_1, ...] stacked, on every rank; backward: dx_r = sum_s dy_s[r]. Differentiable."""
+    return x[None] if axis.size == 1 else _Everyone.apply(x, axis)
+
+
+class _LeftOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, tail: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.tail = axis, tail.shape
+        taken = _pass_on(tail, axis, step=1, like=first)
+        return first.clone() if taken is None else taken
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        lent = _pass_on(grad, ctx.axis, step=-1, like=grad)
+        of_first = grad if ctx.axis.rank == 0 else torch.zeros_like(grad)
+        return of_first, grad.new_zeros(ctx.tail) if lent is None else lent, None
+
+
+def left_of(first: Tensor, tail: Tensor, axis: Axis) -> Tensor:
+    """What lies left of a rank's piece: y_0 = first_0, y_r = tail_{r-1}; of one shape, the last tail apart, which goes nowhere.
+
+    Backward: dfirst_0 = dy_0, dtail_r = dy_{r+1}; what was lent to nobody gets zero. Differentiable.
+    """
+    return first if axis.size == 1 else _LeftOf.apply(first, tail, axis)
+
+
+def _pass_on(x: Tensor, axis: Axis, *, step: int, like: Tensor) -> Tensor | None:
+    """To the neighbour ``step`` away, and what the one on the other side passes; the ends of the line have one neighbour."""
+    x, taken = x.contiguous(), torch.empty_like(like, memory_format=torch.contiguous_format)
+    messages, following, before = [], axis.rank + step, axis.rank - step
+    if 0 <= following < axis.size:
+        messages.append(dist.P2POp(dist.isend, x, axis.ranks[following], axis.group))
+        axis.ledger.add(axis.name, "left_of", sent=_bytes(x))
+    if 0 <= before < axis.size:
+        messages.append(dist.P2POp(dist.irecv, taken, axis.ranks[before], axis.group))
+    for work in dist.batch_isend_irecv(messages):
+        work.wait()
+    return taken if 0 <= before < axis.size else None
 
 
 def broadcast_object(value: Any, axis: Axis) -> Any:

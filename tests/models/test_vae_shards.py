@@ -1,0 +1,121 @@
+"""The autoencoder split in time over ranks is the whole clip's: latents, pixels and every gradient, in float64."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+import torch
+from torch import Tensor
+
+from cogvideo_dist.models.vae import VAE, VAEConfig
+from cogvideo_dist.parallel.frames import Shards, Whole, frames_of, latent_shares
+from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, build_mesh
+from cogvideo_dist.parallel.ops import gather_objects, reduce_sum
+from tests.ranks import run_ranks
+
+CONFIG = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, latent_channels=2, norm_groups=2)
+BOUND = 1e-12
+Tensors = dict[str, Tensor]
+
+
+def model() -> VAE:
+    found = VAE(CONFIG).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+    return found
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def run(vae: VAE, video: Tensor, *, noise: Tensor, time: Whole | Shards, totals: tuple[int, int]) -> Tensors:
+    """A training step's share of L1, L2 and KL over global counts: outputs, and gradients of the clip and the weights."""
+    video = video.clone().requires_grad_()
+    out, posterior = vae(video, noise, time=time)
+    error = out - video.detach()
+    loss = (error.abs() + error.square()).sum() / totals[0] + posterior.kl().sum() / totals[1]
+    loss.backward()
+    found = {"reconstruction": out.detach(), "mean": posterior.mean.detach(), "logvar": posterior.logvar.detach()}
+    assert video.grad is not None
+    return found | {"video": video.grad, "loss": loss.detach()}
+
+
+def compare(mesh: ParallelMesh, clips: tuple[int, ...]) -> dict[str, float]:
+    """Errors relative to the largest element, by clip and tensor. Every rank compares its frames, and all gradients."""
+    axis = build_mesh(Layout(ulysses=mesh.world.size, cp=mesh.world.size), rank=mesh.world.rank).cp
+    errors = {}
+    for frames in clips:
+        latents = 1 + (frames - 1) // 4
+        shares = latent_shares(latents, axis.size)
+        mine = frames_of(shares, axis.rank, compression=4)
+        own = slice(sum(shares[: axis.rank]), sum(shares[: axis.rank + 1]))
+        video, noise = drawn(1, 3, frames, 16, 24, seed=1), drawn(1, 2, latents, 2, 3, seed=2)
+        totals = video.numel(), noise.numel()
+        whole, split = model(), model()
+        expected = run(whole, video, noise=noise, time=Whole(), totals=totals)
+        piece = slice(mine.start, mine.stop)
+        found = run(split, video[:, :, piece], noise=noise[:, :, own], time=Shards(axis), totals=totals)
+        found["loss"] = reduce_sum(found["loss"], axis)
+        parts = {"reconstruction": piece, "video": piece, "mean": own, "logvar": own}
+        pairs = {name: (found[name], expected[name][:, :, part]) for name, part in parts.items()}
+        pairs |= {"loss": (found["loss"], expected["loss"])}
+        for (name, p), q in zip(split.named_parameters(), whole.parameters()):
+            assert p.grad is not None and q.grad is not None
+            pairs[name] = reduce_sum(p.grad, axis), q.grad
+        scale = {
+            name: expected[name].abs().max() if name in expected else b.abs().max() for name, (_, b) in pairs.items()
+        }
+        errors |= {f"{frames} {name}": ((a - b).abs().max() / scale[name]).item() for name, (a, b) in pairs.items()}
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("ranks", "clips"), [(2, (9, 13, 17, 21, 29, 33, 49)), (3, (17, 29, 33, 49)), (4, (25, 29, 33, 49))]
+)
+def test_a_clip_split_in_time_is_the_whole_clip(ranks: int, clips: tuple[int, ...]) -> None:
+    for found in run_ranks(compare, ranks, clips):
+        assert max(found.values()) <= BOUND, max(found, key=lambda name: found[name])
+
+
+def test_every_frame_has_one_rank_and_too_many_ranks_are_refused() -> None:
+    for latents in range(1, 30):
+        for ranks in range(1, 9):
+            if latents >= 2 * ranks - 1:
+                shares = latent_shares(latents, ranks)
+                pieces = [list(frames_of(shares, rank, compression=4)) for rank in range(ranks)]
+                assert list(chain.from_iterable(pieces)) == list(range(1 + 4 * (latents - 1)))
+                assert max(shares) - min(shares) <= 1
+            else:
+                with pytest.raises(ValueError, match=f"the most ranks that serve are {(latents + 1) // 2}$"):
+                    latent_shares(latents, ranks)
+
+
+def traffic(mesh: ParallelMesh) -> dict[str, tuple[int, int]]:
+    axis = build_mesh(Layout(ulysses=mesh.world.size, cp=mesh.world.size), rank=mesh.world.rank).cp
+    piece = frames_of(latent_shares(5, axis.size), axis.rank, compression=4)
+    video = drawn(1, 3, 17, 16, 24, seed=1)[:, :, piece.start : piece.stop]
+    model().encoder(video, Shards(axis))
+    everyone = gather_objects({op: tuple(sent) for (_, op), sent in axis.ledger.take().items()}, axis)
+    return everyone[0]
+
+
+def test_an_encoder_sends_two_frames_a_convolution_and_a_few_numbers_a_norm() -> None:
+    found = run_ranks(traffic, 2)[0]
+    encoder = model().encoder
+    halo = norms = 0
+    height, width = 16, 24
+    for level in (*encoder.levels, encoder.mid):
+        for block in level.blocks:
+            for conv in (block.conv1, block.conv2):
+                halo += 2 * conv.in_channels * height * width * 8
+                norms += 1
+        if getattr(level, "resample", None) is not None:
+            height, width = height // 2, width // 2
+    halo += 2 * (3 * 16 * 24 + 8 * 2 * 3) * 8  # the first and the last convolution
+    norms += 1
+    assert found["left_of"] == (2 + 2 * sum(len(level.blocks) for level in (*encoder.levels, encoder.mid)), halo)
+    assert found["gather"] == (norms, norms * 3 * CONFIG.norm_groups * 8)
