@@ -119,3 +119,30 @@ def test_an_encoder_sends_two_frames_a_convolution_and_a_few_numbers_a_norm() ->
     norms += 1
     assert found["left_of"] == (2 + 2 * sum(len(level.blocks) for level in (*encoder.levels, encoder.mid)), halo)
     assert found["gather"] == (norms, norms * 3 * CONFIG.norm_groups * 8)
+
+
+def kept(mesh: ParallelMesh, frames: int) -> float:
+    """Bytes of all storages that autograd keeps of a forward for the backward, once each, without parameters."""
+    axis = build_mesh(Layout(ulysses=mesh.world.size, cp=mesh.world.size), rank=mesh.world.rank).cp
+    shares = latent_shares(1 + (frames - 1) // 4, axis.size)
+    piece = frames_of(shares, axis.rank, compression=4)
+    vae = model()
+    video, noise = drawn(1, 3, len(piece), 16, 16, seed=1), drawn(1, 2, shares[axis.rank], 2, 2, seed=2)
+    outside = {p.untyped_storage().data_ptr() for p in vae.parameters()}
+    seen: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out, _ = vae(video, noise, time=Shards(axis))
+    assert out.shape[2] == len(piece)
+    return float(sum(t.untyped_storage().nbytes() for at, t in seen.items() if at not in outside))
+
+
+def test_saved_activations_fall_with_the_ranks() -> None:
+    whole = run_ranks(kept, 1, 97)[0]
+    for ranks in (2, 4):
+        for found in run_ranks(kept, ranks, 97):
+            assert found * ranks / whole == pytest.approx(1.0, abs=0.15)
