@@ -15,7 +15,7 @@ import torch
 
 from cogvideo_dist.config.load import to_yaml
 from cogvideo_dist.evaluation.media import replacing
-from launch.figures import Bar, bars_against, log_dots
+from launch.figures import STYLE, Bar, bars_against, log_dots
 from launch.parity_steps import Job
 from launch.parity_verdict import Tolerances, Verdict, Worst
 
@@ -190,24 +190,3 @@ def _html_table(verdicts: Sequence[Verdict]) -> str:
         for verdict in verdicts
     ]
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-
-
-STYLE = """
-:root{--ink:#1c2430;--quiet:#68748a;--paper:#f5f6f9;--card:#fff;--line:#e3e7ee;--good:#2f7d6b;--bad:#c8452f;--limit:#b3862b}
-@media(prefers-color-scheme:dark){:root{--ink:#e6eaf2;--quiet:#96a1b5;--paper:#12161d;--card:#1a2029;--line:#2c3440;
---good:#56b89f;--bad:#ee7a64;--limit:#d9b25c}}
-*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.55 system-ui,sans-serif}
-main{max-width:920px;margin:0 auto;padding:40px 20px 64px}header{margin-bottom:28px}h1{margin:10px 0 4px;font-size:30px}
-h2{margin:0 0 4px;font-size:17px}p{margin:4px 0}.quiet{color:var(--quiet);font-size:13px}
-section{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:20px 22px;margin:16px 0}
-.badge{padding:3px 12px;border-radius:99px;color:#fff;font-size:13px;font-weight:600}.badge.good{background:var(--good)}
-.badge.bad{background:var(--bad)}.warning{color:var(--bad);font-weight:600}.wide{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:tabular-nums}
-th,td{text-align:left;padding:6px 10px;border-bottom:1px solid var(--line);white-space:nowrap}
-th{color:var(--quiet);font-weight:500}tr.bad td{color:var(--bad)}ul{padding-left:18px;margin:6px 0}
-pre{overflow-x:auto;font:12px/1.5 ui-monospace,monospace}summary{cursor:pointer;color:var(--quiet)}
-svg{width:100%;height:auto;display:block;margin-top:8px;font:12px system-ui,sans-serif;font-variant-numeric:tabular-nums}
-svg text{fill:var(--ink)}svg .mark,svg .value{fill:var(--quiet)}svg .grid{stroke:var(--line)}
-svg .stem{stroke:var(--line);stroke-width:2}svg .limit{stroke:var(--limit);stroke-width:2;stroke-dasharray:5 4}
-svg .tick{stroke:var(--ink);stroke-width:2}svg .good{fill:var(--good)}svg .bad{fill:var(--bad)}
-"""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from cogvideo_dist.config.load import load_config
+from cogvideo_dist.config.load import ConfigError, load_config
 from cogvideo_dist.config.schema import VAERun
 from cogvideo_dist.data.loader import check_ranks
-from cogvideo_dist.parallel.mesh import ParallelMesh, stop
+from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, divisors, stop
 from cogvideo_dist.tasks.vae import VAETask
 from launch.compose import RankData, build_vae, latent_geometry
 from launch.environment import config_parser, join, read_place, run_command, split_config
@@ -19,16 +19,25 @@ def main() -> None:
     )
     config = load_config(VAERun, **split_config(parser.parse_args().config))
     place = read_place()
-    check_ranks(config.data.packs_per_step, place.world)
-    mesh, _ = join(place)
+    mesh, _ = join(place, layout_of(config, place.world))
     train(config, mesh)
     stop()
+
+
+def layout_of(config: VAERun, world: int) -> Layout:
+    """Ranks over (dp, cp); refuses numbers that do not divide."""
+    cp = config.parallel.cp
+    if world % cp:
+        uses = ", ".join(map(str, divisors(world)))
+        raise ConfigError(f"parallel.cp {cp} does not divide {world} ranks; use one of {uses}")
+    check_ranks(config.data.packs_per_step, world // cp)
+    return Layout(dp=world // cp, ulysses=cp, cp=cp)  # of a sample's ranks only cp has work here
 
 
 def train(config: VAERun, mesh: ParallelMesh) -> None:
     """The whole run, on this rank of ``mesh``."""
     data = RankData(config.data, seed=config.run.seed, geometry=latent_geometry, mesh=mesh)
-    task = VAETask(build_vae(config), config.loss, seed=config.run.seed, fps=config.data.fps)
+    task = VAETask(build_vae(config), config.loss, seed=config.run.seed, fps=config.data.fps, cp=mesh.cp)
     run_training(config, task, data=data, mesh=mesh)
 
 

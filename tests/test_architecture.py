@@ -36,6 +36,7 @@ BELONGS = {
     "torch.distributed": ("cogvideo_dist/parallel/", "bench/parallel_block.py"),  # which compares with its DTensor
     "deepspeed": ("cogvideo_dist/engine/", "bench/parallel.py"),  # which compares with its Ulysses
     "diffusers": ("launch/demo.py", "bench/"),  # the demo compares with it, benchmarks are against it
+    "lpips": ("cogvideo_dist/models/perceptual.py",),
 }
 """Module -> the only places that import it."""
 
@@ -43,6 +44,7 @@ POSITIONAL = {
     "Block.forward": "a layer's operands, as its neighbours take them",
     "Embedding.forward": "vision, text and where they are",
     "Head.forward": "a layer's operands, as its neighbours take them",
+    "left_of": "a collective's two operands and its axis, as all others have theirs",
     "fold_affine": "the operands of a formula, in its order",
     "norm_affine": "the operands of a formula, in its order",
     "normed_heads": "the operands of a formula, in its order",
@@ -68,8 +70,19 @@ LINES_OF_FILE, LINES_OF_FUNCTION, PARAMETERS, IN_PLACE, IN_PLACE_IN_FILE = 500, 
 FORBIDDEN = ("torch.save", "torch.load", "pickle.load", "pickle.loads", "torch.manual_seed", "eval", "exec")
 
 
-def excused(path: Path) -> bool:
+SAT = "cogvideo_dist/convert/sat.py"
+"""The door to SAT's 3d-vae.pt, a foreign format that is a pickle; here alone torch.save writes one."""
+
+TENSORS_ALONE = ("cogvideo_dist/models/perceptual.py", SAT)
+"""Classifiers are published as .pth, and so are the heads of LPIPS; here alone they are read, with weights_only=True."""
+
+
+def excused(path: Path, call: ast.AST) -> bool:
     """transformers draws from the global generator, so the demo's text encoder seeds it; benchmarks seed foreign models."""
+    if name_of(path) in TENSORS_ALONE and isinstance(call, ast.Call) and ast.unparse(call.func) == "torch.load":
+        return any(keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True" for keyword in call.keywords)
+    if name_of(path) == SAT:
+        return isinstance(call, ast.Call) and ast.unparse(call.func) == "torch.save"
     return name_of(path) == "data_tools/make_demo_text.py" or name_of(path).startswith("bench/")
 
 
@@ -168,7 +181,7 @@ def test_no_global_no_pickle_no_bare_except_no_print_in_the_library() -> None:
             named = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             bare = isinstance(node, ast.ExceptHandler) and node.type is None
             library = name_of(path).startswith(PACKAGE) and (named == "print" or isinstance(node, ast.Assert))
-            if isinstance(node, ast.Global) or bare or library or (named in FORBIDDEN and not excused(path)):
+            if isinstance(node, ast.Global) or bare or library or (named in FORBIDDEN and not excused(path, node)):
                 wrong.append(f"{name_of(path)}:{node.lineno}: {ast.unparse(node).splitlines()[0]}")
     assert not wrong
 
@@ -229,7 +242,8 @@ def test_every_folder_of_modules_is_a_package() -> None:
 def test_models_and_samplers_need_torch_alone() -> None:
     blocked = ("deepspeed", "webdataset", "transformers", "lpips", "diffusers", "pydantic", "av", "PIL", "yaml", "tqdm",
                "safetensors", "sentencepiece", "tensorboard", "skimage", "torchvision")  # fmt: skip
-    models = ", ".join(f"cogvideo_dist.models.{name}" for name in ("dit", "vae", "presets", "init", "text"))
+    names = ("dit", "vae", "presets", "init", "text", "critic", "perceptual", "adversarial")
+    models = ", ".join(f"cogvideo_dist.models.{name}" for name in names)
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import {models}, cogvideo_dist.diffusion.samplers"
     )

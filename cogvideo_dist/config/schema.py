@@ -318,6 +318,16 @@ class VAELoss:
 
 
 @dataclass(frozen=True)
+class TimeParallel:
+    """``cp`` ranks share every video's frames; the rest are data parallel. Clips too short to split go whole to one of them."""
+
+    cp: int = 1
+
+    def __post_init__(self) -> None:
+        positive("parallel", cp=self.cp)
+
+
+@dataclass(frozen=True)
 class VAERun:
     """A run of launch/train_vae.py. ``data.tokens_per_pack`` counts latents (t x h x w) here."""
 
@@ -326,6 +336,7 @@ class VAERun:
     train: Train
     checkpoint: Checkpoint
     model: VAEModel = field(default_factory=VAEModel)
+    parallel: TimeParallel = field(default_factory=TimeParallel)
     loss: VAELoss = field(default_factory=VAELoss)
     log: Log = field(default_factory=Log)
     validation: Validation = field(default_factory=Validation)

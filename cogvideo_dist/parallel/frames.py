@@ -100,19 +100,26 @@ class Shards:
         return merged, (m2s + counts * (means - merged).square()).sum(0) / total
 
 
-def latent_shares(latents: int, ranks: int, *, lent: int = 2) -> tuple[int, ...]:
+LENT = 2
+"""Frames that a causal convolution of three sees left of its own, at every level of the autoencoder."""
+
+
+def most_ranks(latents: int) -> int:
+    """Over which a clip's latent frames split: all but the last must hold what they lend to the next."""
+    return (latents - 1) // LENT + 1
+
+
+def latent_shares(latents: int, ranks: int) -> tuple[int, ...]:
     """Latent frames of every rank: even shares, the first ranks taking the rest.
 
-    Raises ``ValueError`` where a rank would have to lend ``lent`` frames to the next and holds fewer.
+    Raises ``ValueError`` where a rank would have to lend more frames to the next than it holds.
     """
-    shares = even(latents, ranks)
-    if any(share < lent for share in shares[:-1]) or not shares[-1]:
-        most = max((latents - 1) // lent + 1, 1)
+    if ranks > most_ranks(latents):
         raise ValueError(
-            f"{latents} latent frames do not split over {ranks} ranks: all but the last must hold {lent} to lend them to the "
-            f"next; the most ranks that serve are {most}"
+            f"{latents} latent frames do not split over {ranks} ranks: all but the last must hold {LENT} to lend them to the "
+            f"next; the most ranks that serve are {most_ranks(latents)}"
         )
-    return shares
+    return even(latents, ranks)
 
 
 def frames_of(shares: tuple[int, ...], rank: int, *, compression: int) -> range:

@@ -188,17 +188,29 @@ class _LeftOf(torch.autograd.Function):
         return first.clone() if taken is None else taken
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        lent = _pass_on(grad, ctx.axis, step=-1, like=grad)
-        of_first = grad if ctx.axis.rank == 0 else torch.zeros_like(grad)
-        return of_first, grad.new_zeros(ctx.tail) if lent is None else lent, None
+        return *_GiveBack.apply(grad, ctx.tail, ctx.axis), None
+
+
+class _GiveBack(torch.autograd.Function):
+    """The adjoint of ``_LeftOf``, and it the adjoint of this: gradients of gradients cross ranks too."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, tail: torch.Size, axis: Axis) -> tuple[Tensor, Tensor]:
+        ctx.axis = axis
+        lent = _pass_on(grad, axis, step=-1, like=grad)
+        of_first = grad.clone() if axis.rank == 0 else torch.zeros_like(grad)
+        return of_first, grad.new_zeros(tail) if lent is None else lent
+
+    @staticmethod
+    def backward(ctx: Any, of_first: Tensor, lent: Tensor) -> tuple[Tensor, None, None]:
+        return _LeftOf.apply(of_first, lent, ctx.axis), None, None
 
 
 def left_of(first: Tensor, tail: Tensor, axis: Axis) -> Tensor:
     """What lies left of a rank's piece: y_0 = first_0, y_r = tail_{r-1}; of one shape, the last tail apart, which goes nowhere.
 
-    Backward: dfirst_0 = dy_0, dtail_r = dy_{r+1}; what was lent to nobody gets zero. Differentiable.
+    Backward: dfirst_0 = dy_0, dtail_r = dy_{r+1}; what was lent to nobody gets zero. Differentiable, any number of times.
     """
     return first if axis.size == 1 else _LeftOf.apply(first, tail, axis)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -14,38 +14,83 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogvideo_dist.config.schema import SPATIAL, TEMPORAL, Size, VAELoss
 from cogvideo_dist.evaluation.media import to_uint8
-from cogvideo_dist.models.vae import VAE, VAEConfig
+from cogvideo_dist.models.vae import VAE, WHOLE, VAEConfig
 from cogvideo_dist.pack.layout import PackLayout
+from cogvideo_dist.parallel.frames import Shards, TimeContext, frames_of, latent_shares, most_ranks
+from cogvideo_dist.parallel.mesh import Axis
+from cogvideo_dist.parallel.ops import gather
 from cogvideo_dist.protocols import Batch, Defect, Loss, Picture, Sample
 from cogvideo_dist.rng import fold
 from cogvideo_dist.tasks.pixels import to_video
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rank's frames and latent frames of a clip, and how the model asks for the others."""
+
+    frames: slice
+    latents: slice
+    time: TimeContext
+
 
 SHOWN = 4
 """Held-out clips in the contact sheet."""
 
 
 class VAETask:
-    """Trains ``model`` to reconstruct clips; sums are divided by the pixels (times 3 colours) of the step's clips."""
+    """Trains ``model`` to reconstruct clips; sums are divided by the pixels (times 3 colours) of the step's clips.
 
-    def __init__(self, model: VAE, settings: VAELoss, *, seed: int, fps: float) -> None:
+    The ranks of ``cp`` share every clip's frames; clips too short to split are dealt to them whole.
+    """
+
+    def __init__(self, model: VAE, settings: VAELoss, *, seed: int, fps: float, cp: Axis | None = None) -> None:
         self.model, self.settings, self.seed, self.fps = model, settings, seed, fps
+        self.cp = cp or Axis("cp")
         self.shown: list[Sample] = []
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         reconstruction, kl = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for samples in _by_size(batch.samples):
+        for samples, piece, share in self._dealt(batch.samples):
             video = to_video(samples, next(self.model.parameters()))
             noise = torch.cat([self._noise(video, sample) for sample in samples])
-            output, posterior = model(video, noise)
-            error = (output - video).float()
-            reconstruction = (
-                reconstruction + (error.abs() if self.settings.reconstruction == "l1" else error.square()).sum()
-            )
-            kl = kl + posterior.kl().float().sum()
+            clip = video[:, :, piece.frames]
+            output, posterior = model(clip, noise[:, :, piece.latents], time=piece.time)
+            error = (output - clip).float()
+            error = error.abs() if self.settings.reconstruction == "l1" else error.square()
+            reconstruction = reconstruction + share * error.sum()
+            kl = kl + share * posterior.kl().float().sum()
         pixels = sum(3 * prod(slot.size) for pack in batch.plan.packs for slot in pack)
-        mine = torch.tensor(sum(3 * prod(sample.slot.size) for sample in batch.samples))
+        counted = batch.samples if self.cp.rank == 0 else ()
+        seen = torch.tensor(sum(3 * prod(sample.slot.size) for sample in counted))
         total = (reconstruction + self.settings.kl_weight * kl) / pixels
-        return Loss(total, {"loss/reconstruction": (reconstruction.detach(), mine), "loss/kl": (kl.detach(), mine)})
+        return Loss(total, {"loss/reconstruction": (reconstruction.detach(), seen), "loss/kl": (kl.detach(), seen)})
+
+    def _dealt(self, samples: Sequence[Sample]) -> list[tuple[list[Sample], Piece, float]]:
+        """What this rank computes: batches of one size, its piece of them, and the weight of what comes out.
+
+        A rank that has nothing runs a clip with weight 0, since every parameter's gradient is waited for from every rank.
+        """
+        work: list[tuple[list[Sample], Piece, float]] = []
+        whole: list[Sample] = []
+        for group in _by_size(samples):
+            piece = self._piece(group[0].slot.size)
+            if piece.time is WHOLE:
+                whole += group
+            else:
+                work.append((group, piece, 1.0))
+        mine = whole[self.cp.rank :: self.cp.size]
+        work += [(group, self._piece(group[0].slot.size), 1.0) for group in _by_size(mine)]
+        return work or [([whole[0]], self._piece(whole[0].slot.size), 0.0)]
+
+    def _piece(self, size: Size) -> Piece:
+        """This rank's frames of a clip; all of them where the clip does not split."""
+        latents = 1 + (size[0] - 1) // TEMPORAL
+        if self.cp.size == 1 or self.cp.size > most_ranks(latents):
+            return Piece(slice(None), slice(None), WHOLE)
+        shares = latent_shares(latents, self.cp.size)
+        frames = frames_of(shares, self.cp.rank, compression=TEMPORAL)
+        start = sum(shares[: self.cp.rank])
+        return Piece(slice(frames.start, frames.stop), slice(start, start + shares[self.cp.rank]), Shards(self.cp))
 
     @torch.no_grad()
     def held_out_loss(self, model: nn.Module, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
@@ -56,8 +101,9 @@ class VAETask:
             errors += (output - video).abs().mean()
             psnr += 10 * torch.log10(4 / (output - video).square().mean())
         self.shown = list(batch.samples[:SHOWN])
-        count = torch.tensor(len(batch.samples))
-        return {"held_out/loss": (errors, count), "held_out/psnr": (psnr, count)}
+        speaks = float(self.cp.rank == 0)  # every rank has come to the same figures
+        count = torch.tensor(len(batch.samples) * speaks)
+        return {"held_out/loss": (errors * speaks, count), "held_out/psnr": (psnr * speaks, count)}
 
     @torch.no_grad()
     def pictures(self, model: nn.Module) -> list[Picture]:
@@ -91,9 +137,15 @@ class VAETask:
         return torch.randn(shape, generator=generator).to(video)
 
     def _reconstruct(self, model: nn.Module, sample: Sample) -> tuple[Tensor, Tensor]:
-        """(reconstruction, original), both [1, 3, T, H, W] float32."""
+        """(reconstruction, original), both [1, 3, T, H, W] float32 and whole, on every rank of ``cp``."""
         video = to_video([sample], next(self.model.parameters()))
-        output, _ = model(video, torch.zeros_like(self._noise(video, sample)))
+        piece, noise = self._piece(sample.slot.size), torch.zeros_like(self._noise(video, sample))
+        output, _ = model(video[:, :, piece.frames], noise[:, :, piece.latents], time=piece.time)
+        if piece.time is not WHOLE:
+            latents = noise.shape[2]
+            shares = latent_shares(latents, self.cp.size)
+            counts = [len(frames_of(shares, rank, compression=TEMPORAL)) for rank in range(self.cp.size)]
+            output = gather(output.transpose(0, 2).contiguous(), self.cp, counts=counts).wait().transpose(0, 2)
         return output.float(), video.float()
 
 

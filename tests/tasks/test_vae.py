@@ -10,12 +10,14 @@ import torch
 from cogvideo_dist.config.schema import Data, VAELoss
 from cogvideo_dist.models.init import draw_parameters
 from cogvideo_dist.models.vae import VAE, VAEConfig
-from cogvideo_dist.parallel.mesh import Axis, ParallelMesh
+from cogvideo_dist.parallel.mesh import Axis, Layout, ParallelMesh, build_mesh
+from cogvideo_dist.parallel.ops import reduce_sum
 from cogvideo_dist.protocols import Batch
 from cogvideo_dist.rng import fold
 from cogvideo_dist.tasks.vae import VAETask
 from launch.compose import RankData, latent_geometry
 from tests.launch.world import World
+from tests.ranks import run_ranks
 
 
 def batches(world: World, step: int, *, rank: int = 0, size: int = 1) -> list[Batch]:
@@ -84,3 +86,26 @@ def test_operations_grow_with_the_clip(model: VAE, world: World) -> None:
     single = [task.flops(type(batch.layout)((clip,))) for clip in batch.layout.clips]
     assert task.flops(batch.layout) == pytest.approx(sum(single))
     assert task.flops(batch.layout) > 1e6
+
+
+def gradients(mesh: ParallelMesh, world: World, cp: int) -> dict[str, torch.Tensor]:
+    """Of two packs with clips of 9 frames and images, in float64, by name, and their loss."""
+    axis = build_mesh(Layout(ulysses=cp, cp=cp), rank=mesh.world.rank).cp
+    vae = VAE(VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_groups=2))
+    draw_parameters(vae, 3)
+    task = VAETask(vae.double(), VAELoss(kl_weight=0.01), seed=1, fps=8, cp=axis)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in batches(world, 2):
+        loss = task.loss(vae, batch).total
+        loss.backward()
+        total += loss.detach()
+    summed = {name: reduce_sum(p.grad, axis) for name, p in vae.named_parameters() if p.grad is not None}
+    return summed | {"loss": reduce_sum(total, axis)}
+
+
+def test_clips_split_in_time_and_images_dealt_to_ranks_have_every_gradient(world: World) -> None:
+    expected = run_ranks(gradients, 1, world, 1)[0]
+    for found in run_ranks(gradients, 2, world, 2):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert (found[name] - value).abs().max() <= 2e-6 * value.abs().max(), name  # errors are summed in float32
