@@ -6,7 +6,8 @@ model multiplies by ``config.scaling_factor``.
 
 Group norms make a clip's latents depend on which frames share statistics. "whole" takes the whole clip, the definition for
 training. "chunked" goes through the clip in chunks of eight frames (two latent frames) with statistics of their own, the
-released models' mode of inference; its memory does not grow with the clip.
+released models' mode of inference, where a clip may also come and go as a stream whose memory does not grow with its length.
+Frames too large for the memory go through in tiles (``Tiling``) in either semantics.
 
 Legend: B batch, T H W frames, height, width; t h w the same of the latents.
 """
@@ -14,19 +15,20 @@ Legend: B batch, T H W frames, height, width; t h w the same of the latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from cogvideo_dist.models.init import Initial, constant, fan_in_uniform
 from cogvideo_dist.models.vae_blocks import CausalConv3d, Downsample, NormSiLU, ResBlock, Upsample, with_past
-from cogvideo_dist.parallel.frames import Stream, TimeContext, Whole
+from cogvideo_dist.models.vae_stream import Half, Semantics, check, checked
+from cogvideo_dist.models.vae_tiles import Tiling
+from cogvideo_dist.parallel.frames import TimeContext, Whole
 
-Semantics = Literal["whole", "chunked"]
+__all__ = ["VAE", "Posterior", "Semantics", "Tiling", "VAEConfig"]
 
 FRAME_CHUNK = 8
 LATENT_CHUNK = 2
@@ -226,40 +228,56 @@ class VAE(nn.Module):
         posterior = _posterior(self.encoder(video, time))
         return self.decoder(posterior.draw(noise), time), posterior
 
-    def encode(self, video: Tensor, semantics: Semantics = "whole") -> Posterior:
+    def encode(self, video: Tensor, semantics: Semantics = "whole", *, tiling: Tiling | None = None) -> Posterior:
         """``video`` [B, 3, T, H, W] in [-1, 1] -> posterior over [B, z, t, h, w].
 
         Raises ValueError unless T = 1 + temporal_compression * k and H, W are multiples of spatial_compression.
         """
-        _check(video, "clip", channels=self.config.in_channels)
+        check(video, "clip", channels=self.config.in_channels)
         self.config.latent_shape(video.shape[2:])
-        return _posterior(_run(self.encoder, video, chunk=FRAME_CHUNK, semantics=semantics))
+        return _posterior(self._encoding.run(video, semantics=semantics, tiling=tiling))
 
-    def decode(self, latents: Tensor, semantics: Semantics = "whole") -> Tensor:
+    def decode(self, latents: Tensor, semantics: Semantics = "whole", *, tiling: Tiling | None = None) -> Tensor:
         """``latents`` [B, z, t, h, w], unscaled -> [B, 3, 1 + temporal_compression * (t-1), H, W]."""
-        _check(latents, "latents", channels=self.config.latent_channels)
-        return _run(self.decoder, latents, chunk=LATENT_CHUNK, semantics=semantics).contiguous()
+        check(latents, "latents", channels=self.config.latent_channels)
+        return self._decoding.run(latents, semantics=semantics, tiling=tiling).contiguous()
 
+    def encode_stream(
+        self, frames: Iterable[Tensor], *, total: int | None = None, tiling: Tiling | None = None
+    ) -> Iterator[Posterior]:
+        """A clip in pieces [B, 3, any T, H, W] -> its posterior in pieces of two latent frames, the first one more.
 
-def _check(x: Tensor, what: str, *, channels: int) -> None:
-    if x.ndim != 5 or x.shape[1] != channels:
-        raise ValueError(f"{what} of shape {list(x.shape)}; the VAE takes [batch, {channels}, frames, height, width]")
+        Memory does not grow with the clip. Bit by bit ``encode`` in "chunked" semantics if ``total``, the number of frames of
+        the clip, is given. Without it the first chunk has 9 frames, which is the same for clips of 8k + 1 frames; one of
+        8k + 5 then has its four frames over in the last chunk, not in the first.
 
+        Raises ValueError, when the stream comes to it, for what ``encode`` refuses and where ``total`` is wrong.
+        """
+        channels = self.config.in_channels
+        pieces = checked(frames, "clip", channels=channels, total=total, legal=self.config.latent_shape)
+        for moments in self._encoding.stream(pieces, total=total, tiling=tiling):
+            yield _posterior(moments)
 
-def _run(part: Encoder | Decoder, x: Tensor, *, chunk: int, semantics: Semantics) -> Tensor:
-    """Run ``part`` over x [B, C, T, H, W] at once or in chunks of ``chunk`` frames, the first with the remainder."""
-    if semantics == "whole":
-        return part(x, WHOLE)
-    if semantics != "chunked":
-        raise ValueError(f'semantics "{semantics}" of the VAE; it must be "whole" or "chunked"')
-    stream = Stream()
-    frames = x.shape[2]
-    ends = range(min(frames, chunk + frames % chunk), frames + 1, chunk)
-    done = []
-    for start, end in zip([0, *ends], ends, strict=False):
-        done.append(part(x[:, :, start:end], stream))
-        stream.next()
-    return torch.cat(done, dim=2)
+    def decode_stream(
+        self, latents: Iterable[Tensor], *, total: int | None = None, tiling: Tiling | None = None
+    ) -> Iterator[Tensor]:
+        """Latents in pieces [B, z, any t, h, w], unscaled -> their clip in pieces of eight frames, the first one more.
+
+        As ``encode_stream``; ``total`` counts latent frames, and where it is left out even totals have their last latent frame
+        alone in the last chunk.
+        """
+        channels = self.config.latent_channels
+        pieces = checked(latents, "latents", channels=channels, total=total, legal=tuple)
+        for video in self._decoding.stream(pieces, total=total, tiling=tiling):
+            yield video.contiguous()
+
+    @property
+    def _encoding(self) -> Half:
+        return Half(self.encoder, FRAME_CHUNK, (self.config.spatial_compression, 1))
+
+    @property
+    def _decoding(self) -> Half:
+        return Half(self.decoder, LATENT_CHUNK, (1, self.config.spatial_compression))
 
 
 def _posterior(moments: Tensor) -> Posterior:
