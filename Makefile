@@ -19,7 +19,6 @@ demo: setup
 	$(BIN)/python launch/demo.py --out $(RUNS)
 
 test: setup
-	@command -v sinfo >/dev/null || echo "left out: tests on a Slurm cluster (apt-get install slurmctld slurmd munge)"
 	$(BIN)/python -m pytest tests -q -m "not long"
 
 test-long: setup

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bench.measure import worst_error
-from bench.ranks import Timing, interleaved_ranks, peak_bytes, run_ranks
+from bench.ranks import Timing, interleaved_ranks, peak_bytes, run_ranks, timed
 from bench.record import Row, faster, smaller
 from bench.traffic import traffic_of
 from cogvideo_dist.models.fused import move_to_heads
@@ -267,9 +267,7 @@ def bench_ring(mesh: ParallelMesh, work: Work, timing: Timing) -> dict[str, Any]
     errors = {name: scene.error(side()) for name, side in sides.items()}
     times, undisturbed = interleaved_ranks(sides, mesh, timing)
     return {
-        "seconds": times,
-        "median_seconds": {name: statistics.median(seconds) for name, seconds in times.items()},
-        "undisturbed": undisturbed,
+        **timed(times, undisturbed),
         "error": errors,
     }
 
@@ -309,9 +307,7 @@ def bench_uneven(mesh: ParallelMesh, work: Work, timing: Timing) -> dict[str, An
         "heads": gather_objects(scene.seq.to_heads(scene.qkv).wait().shape[-2], mesh.world),
         "error": error,
         "difference": agreement,
-        "seconds": times,
-        "median_seconds": {name: statistics.median(seconds) for name, seconds in times.items()},
-        "undisturbed": undisturbed,
+        **timed(times, undisturbed),
     }
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +32,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from bench.measure import worst_error
-from bench.ranks import Timing, interleaved_ranks, run_ranks
+from bench.ranks import Timing, interleaved_ranks, run_ranks, timed
 from bench.record import Row, faster, smaller
 from bench.traffic import traffic_of
 from cogvideo_dist.models.dit import SPLITS, Block
@@ -230,9 +229,7 @@ def bench_block(mesh: ParallelMesh, config: DiTConfig, tokens: int, timing: Timi
     sides: dict[str, Callable[[], object]] = {"ours": scene.ours, "dtensor": scene.theirs}
     times, undisturbed = interleaved_ranks(sides, mesh, timing)
     return {
-        "seconds": times,
-        "median_seconds": {name: statistics.median(seconds) for name, seconds in times.items()},
-        "undisturbed": undisturbed,
+        **timed(times, undisturbed),
         "error": errors,
         "bytes": sent,
         "peer_bytes": peer_sent,

@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import socket
+import statistics
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -92,6 +93,12 @@ class Timing:
 
     repeats: int = 7
     limit: float = 8.0
+
+
+def timed(times: Mapping[str, list[float]], undisturbed: bool) -> dict[str, Any]:
+    """What ``interleaved_ranks`` gives, for a result, with the medians."""
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    return {"seconds": times, "median_seconds": medians, "undisturbed": undisturbed}
 
 
 def interleaved_ranks(

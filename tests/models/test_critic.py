@@ -13,6 +13,7 @@ from cogvideo_dist.models.init import draw_parameters
 from cogvideo_dist.parallel.frames import Shards, Whole, frames_of, latent_shares
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, build_mesh
 from cogvideo_dist.parallel.ops import reduce_sum
+from tests.models.drawing import drawn, randomised
 from tests.ranks import run_ranks
 
 CONFIG = CriticConfig(channels=(4, 6, 8))
@@ -21,15 +22,8 @@ BOUND = 1e-12
 
 def model() -> Critic:
     found = Critic(CONFIG).double()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in found.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+    randomised(found)
     return found
-
-
-def drawn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def plain(critic: Critic, video: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from cogvideo_dist.models.vae import VAE, VAEConfig
 from cogvideo_dist.parallel.frames import Shards, Whole, frames_of, latent_shares
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, build_mesh
 from cogvideo_dist.parallel.ops import gather_objects, reduce_sum
+from tests.models.drawing import drawn, randomised
 from tests.ranks import run_ranks
 
 CONFIG = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, latent_channels=2, norm_groups=2)
@@ -21,15 +22,8 @@ Tensors = dict[str, Tensor]
 
 def model() -> VAE:
     found = VAE(CONFIG).double()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in found.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+    randomised(found)
     return found
-
-
-def drawn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def run(vae: VAE, video: Tensor, *, noise: Tensor, time: Whole | Shards, totals: tuple[int, int]) -> Tensors:

@@ -29,6 +29,14 @@ def drawn(*shape: int, purpose: str) -> Tensor:
     return torch.randn(shape, generator=fold(0, purpose), dtype=torch.float64)
 
 
+def random_vae(config: VAEConfig) -> VAE:
+    """Away from its start in every parameter."""
+    model = VAE(config).double()
+    for name, parameter in model.named_parameters():
+        parameter.data += 0.2 * drawn(*parameter.shape, purpose=name)
+    return model.requires_grad_(False)
+
+
 def clip(frames: int) -> Tensor:
     return drawn(2, 3, frames, HEIGHT, WIDTH, purpose="clip").clamp(-1, 1)
 
@@ -39,10 +47,7 @@ def latents_of(frames: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def vae() -> VAE:
-    model = VAE(CONFIG).double()
-    for name, parameter in model.named_parameters():
-        parameter.data += 0.2 * drawn(*parameter.shape, purpose=name)
-    return model.requires_grad_(False)
+    return random_vae(CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from cogvideo_dist.convert.vae_names import vae_names
 from cogvideo_dist.models.vae import VAE, Semantics, VAEConfig
 from cogvideo_dist.models.vae_tiles import Tiling, tiled
 from cogvideo_dist.parallel.frames import TimeContext, Whole
-from cogvideo_dist.rng import fold
-from tests.models.test_vae_stream import peak, pieces_of
+from tests.models.test_vae_stream import drawn, peak, pieces_of, random_vae
 
 # Tiles of 6 x 5 latents (24 x 20 pixels) with an overlap of one.
 CONFIG = VAEConfig(
@@ -30,10 +29,6 @@ UNIT = 4
 TOLERANCE = 1e-9
 
 
-def drawn(*shape: int, purpose: str) -> Tensor:
-    return torch.randn(shape, generator=fold(0, purpose), dtype=torch.float64)
-
-
 def clip(frames: int, height: int, width: int) -> Tensor:
     return drawn(1, 3, frames, height, width, purpose="clip").clamp(-1, 1)
 
@@ -44,10 +39,7 @@ def latents_of(frames: int, height: int, width: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def vae() -> VAE:
-    model = VAE(CONFIG).double()
-    for name, parameter in model.named_parameters():
-        parameter.data += 0.2 * drawn(*parameter.shape, purpose=name)
-    return model.requires_grad_(False)
+    return random_vae(CONFIG)
 
 
 @pytest.fixture

@@ -8,11 +8,8 @@ from torch import Tensor
 
 from cogvideo_dist.parallel.mesh import Axis, ParallelMesh
 from cogvideo_dist.parallel.ops import everyone, gather_objects, left_of
+from tests.models.drawing import drawn
 from tests.ranks import run_ranks
-
-
-def drawn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def products(inputs: list[Tensor], out: Tensor, *, seed: int) -> tuple[float, float]:
