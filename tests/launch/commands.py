@@ -18,6 +18,7 @@ LAUNCHERS = {
     "deepspeed": (str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port"),
 }
 TIMEOUT_S = 120
+FREQUENT = ("checkpoint.every=3", "data.workers=1")
 
 
 def environment() -> dict[str, str]:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.launch.test_train import assert_same_losses, killed, saved_lines
-from tests.launch.test_train import whole as whole  # the undisturbed run of a single process
 from tests.launch.world import World, train, try_train
 from tests.ranks import run_ranks
 

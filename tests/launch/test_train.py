@@ -14,23 +14,13 @@ from safetensors.torch import load_file
 from cogvideo_dist.engine.checkpoint import newest, verify
 from cogvideo_dist.engine.log import RunLog
 from cogvideo_dist.parallel.mesh import ParallelMesh
-from tests.launch.commands import ROOT, finish, last_step, start
+from tests.launch.commands import FREQUENT, ROOT, finish, last_step, start
 from tests.launch.world import World, read_log, steps_of, train
 from tests.ranks import run_ranks
 
 STEPS = 10
 CALLS = 9  # that tests/launch/ending.py counts in a step: 4 micro-steps of 2, and a line of the log
 EXACT = ("loss", "gradient_norm", "learning_rate", "loss/quartile1", "loss/quartile4")
-FREQUENT = ("checkpoint.every=3", "data.workers=1")
-
-
-@pytest.fixture(scope="session")
-def whole(world: World) -> Path:
-    """The run by ``python launch/train_dit.py``, undisturbed."""
-    run = world.root / "whole"
-    code, _, stderr = finish(start("python", [str(world.file), *world.overrides(run, *FREQUENT)]))
-    assert code == 0, stderr
-    return run
 
 
 def losses(run: Path) -> list[float]:
