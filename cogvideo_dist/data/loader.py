@@ -168,10 +168,18 @@ class Loader:
             collate_fn=_as_it_is,
             generator=fold(self.plan.seed, "workers"),  # or the global generator would be drawn from
         )
-        for samples, defects in results:
+        for samples, defects in _delivered(results):
             plan, pack = asked.popleft()
             layout = PackLayout(tuple(self.geometry(slot.size) for slot in plan.packs[pack]))
             yield Batch(plan, pack, sum(map(len, plan.packs[:pack])), layout, samples, defects)
+
+
+def _delivered(results: Iterable[Read]) -> Iterator[Read]:
+    """``results``; a worker that died while it handed one over is an error like any other dead worker."""
+    try:
+        yield from results
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError(f"a data worker exited unexpectedly while it handed over a pack ({error!r})") from error
 
 
 def _as_it_is(read: Any) -> Any:
