@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from cogvideo_dist.config.schema import Size
+from cogvideo_dist.config.schema import Size, Train
 from cogvideo_dist.pack.layout import Clip, PackLayout
 
 
@@ -95,6 +95,31 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Learner:
+    """A model that is trained with an optimizer of its own, from step ``start`` on; ``train`` says how.
+
+    ``loss`` takes the model, as the engine wraps it, and a batch. ``name`` is in the log and in checkpoints; that of the
+    task's own model is empty.
+    """
+
+    name: str
+    model: nn.Module
+    train: Train
+    loss: Callable[[nn.Module, Batch], Loss]
+    start: int = 0
+
+    @property
+    def prefix(self) -> str:
+        """Of the kinds of its state; the task's own model has neither name nor prefix."""
+        return f"{self.name}." if self.name else ""
+
+    @property
+    def tag(self) -> str:
+        """Before the names of its figures."""
+        return f"{self.name}/" if self.name else ""
+
+
+@dataclass(frozen=True)
 class Picture:
     """A short video to look at: uint8 [T, H, W, 3] with its caption; ``name`` is a file's stem."""
 
@@ -111,6 +136,11 @@ class Task(Protocol):
     def model(self) -> nn.Module: ...
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss: ...
+
+    def rivals(self, train: Train) -> Sequence[Learner]:
+        """Models that learn beside the task's own, whose settings are ``train``: each is asked for its loss on a batch right
+        after the task."""
+        ...
 
     def held_out_loss(self, model: nn.Module, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]: ...
 

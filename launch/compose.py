@@ -23,7 +23,7 @@ from cogvideo_dist.models.dit import DiT, Recompute
 from cogvideo_dist.models.init import draw_parameters
 from cogvideo_dist.models.presets import LATENT_SCALE, DiTConfig
 from cogvideo_dist.models.text import TextEncoder
-from cogvideo_dist.models.vae import VAE, VAEConfig
+from cogvideo_dist.models.vae import VAE
 from cogvideo_dist.pack.layout import Clip
 from cogvideo_dist.parallel.mesh import Axis, ParallelMesh
 from cogvideo_dist.parallel.ops import barrier, broadcast_object
@@ -223,20 +223,3 @@ def refused_as_other_run(config: DiTRun | VAERun, path: Path) -> str | None:
                 f"{path} was started with {key}={before[key]!r}, now {now[key]!r}; use another run.dir or the old value"
             )
     return None
-
-
-def build_vae(config: VAERun) -> VAE:
-    """From ``model.weights`` (a diffusers ``vae`` folder), else drawn from the seed."""
-    if config.model.weights is not None:
-        return hf.load_vae(config.model.weights).float()
-    model = VAE(
-        VAEConfig(
-            block_out_channels=config.model.channels,
-            layers_per_block=config.model.layers_per_block,
-            latent_channels=config.model.latent_channels,
-            norm_groups=config.model.norm_groups,
-            scaling_factor=config.model.scaling_factor,
-        )
-    )
-    draw_parameters(model, config.run.seed)
-    return model

@@ -16,8 +16,9 @@ from cogvideo_dist.convert import sat
 from cogvideo_dist.convert.vae_config import config_from_diffusers
 from cogvideo_dist.models.dit import DiT
 from cogvideo_dist.models.vae import VAE, VAEConfig
+from launch.autoencoder import is_vae_run, trained_vae
 from launch.environment import run_command
-from launch.runs import Weights, is_vae_run, open_pipeline, trained_transformer, trained_vae
+from launch.runs import Weights, open_pipeline, trained_transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

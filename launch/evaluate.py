@@ -7,11 +7,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from cogvideo_dist.config.load import ConfigError, load_config
@@ -21,14 +19,15 @@ from cogvideo_dist.data.plan import HELD_OUT, Plan, assign_size
 from cogvideo_dist.data.shards import INDEX, DataError, Record, ShardReader
 from cogvideo_dist.engine.checkpoint import file_hash
 from cogvideo_dist.evaluation.reconstruction import Distance, latent_sums, reconstruction_sums
-from cogvideo_dist.models.perceptual import RANDOM, SMALLEST, Perceptual
+from cogvideo_dist.models.perceptual import RANDOM, SMALLEST
 from cogvideo_dist.models.vae import LOGVAR_RANGE, VAE, Semantics
 from cogvideo_dist.protocols import Defect, Sample, Slot
 from cogvideo_dist.tasks.pixels import to_video
+from launch.autoencoder import is_vae_run, load_perceptual, trained_vae
 from launch.compose import latent_geometry, load_vae, weights_digest
 from launch.environment import run_command
 from launch.evaluate_report import Evaluation, Measured, Shown, keep_extremes, show, table, write_report
-from launch.runs import Weights, is_vae_run, trained_vae
+from launch.runs import Weights
 
 SIZE: Size = (17, 256, 256)
 """The size at which the CogVideoX paper compares autoencoders (table 2)."""
@@ -145,16 +144,6 @@ def chosen_data(options: argparse.Namespace, source: Source) -> Data:
     for size in base.sizes:
         source.vae.config.latent_shape(size)
     return base
-
-
-def load_perceptual(source: str, net: str) -> Perceptual:
-    """LPIPS over a classifier's file, or over an untrained one; a file that is none is named."""
-    try:
-        return Perceptual(net, weights=source)
-    # what its readers raise for bytes that they cannot make sense of, and for values that are no tensors
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, TypeError) as error:
-        reason = next(iter(str(error).splitlines()), "it ends too early")
-        raise ConfigError(f"--lpips {source}: cannot be read as weights of torchvision's {net} ({reason})") from None
 
 
 def about_lpips(options: argparse.Namespace) -> dict[str, str] | None:

@@ -125,7 +125,9 @@ def trained(job: Job, mesh: ParallelMesh, *, device: torch.device, stage: Stage)
             engine.backward(task.loss(engine.forward, batch).total)
             engine.step(rate)
         norms.append(float(engine.grad_norm or 0.0))
-    state = {kind: tensors for kind, tensors in engine.full_state().items() if not kind.startswith("exp_")}
+    state = {
+        kind: tensors for kind, tensors in engine.full_state(step=job.steps).items() if not kind.startswith("exp_")
+    }
     answer: dict[str, Any] = {"norms": norms}
     for kind, tensors in state.items():
         path = (job.reference or job.folder) / f"{kind}.safetensors"

@@ -9,16 +9,15 @@ from typing import Literal
 import torch
 
 from cogvideo_dist.config.load import ConfigError, load_config
-from cogvideo_dist.config.schema import DiTRun, VAERun
+from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.convert.scheduler import schedule_from_diffusers
 from cogvideo_dist.diffusion.schedule import Schedule, ScheduleConfig
-from cogvideo_dist.engine.checkpoint import load, newest
 from cogvideo_dist.models.dit import DiT
 from cogvideo_dist.models.text import TextEncoder
-from cogvideo_dist.models.vae import VAE
 from cogvideo_dist.tasks.sampling import Sampler
-from launch.compose import build_transformer, build_vae, load_text, load_vae
+from launch.autoencoder import fill_from_run
+from launch.compose import build_transformer, load_text, load_vae
 
 Weights = Literal["ema", "raw"]
 
@@ -70,28 +69,4 @@ def _trained(path: Path, weights: Weights, *, device: torch.device) -> Pipeline:
 def trained_transformer(path: Path, config: DiTRun, *, weights: Weights) -> tuple[DiT, int]:
     """The transformer of the newest whole checkpoint, and its step."""
     model = build_transformer(config)
-    return model, _fill(model, path, weights=weights)
-
-
-def trained_vae(path: Path, weights: Weights) -> tuple[VAE, int]:
-    model = build_vae(load_config(VAERun, [path / "config.yaml"]))
-    return model, _fill(model, path, weights=weights)
-
-
-def _fill(model: torch.nn.Module, path: Path, *, weights: Weights) -> int:
-    checkpoint, _ = newest(path / "ckpt")
-    if checkpoint is None:
-        raise ConfigError(f"{path} has no checkpoint yet")
-    state, saved = load(checkpoint, model)
-    kind = "weights" if weights == "raw" else "ema"
-    if kind not in state:
-        raise ConfigError(f"{checkpoint} keeps no averaged weights (train.ema_decay is off); use --weights raw")
-    model.load_state_dict(state[kind], strict=True)
-    return saved.step
-
-
-def is_vae_run(path: Path) -> bool:
-    """Whether a run's folder is of launch/train_vae.py: only that one has a loss section."""
-    import yaml
-
-    return "loss" in yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    return model, fill_from_run(model, path, weights=weights)

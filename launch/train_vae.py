@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
 from cogvideo_dist.config.load import ConfigError, load_config
 from cogvideo_dist.config.schema import VAERun
 from cogvideo_dist.data.loader import check_ranks
+from cogvideo_dist.models.perceptual import RANDOM
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, divisors, stop
 from cogvideo_dist.tasks.vae import VAETask
-from launch.compose import RankData, build_vae, latent_geometry
+from launch.autoencoder import build_judges, build_vae
+from launch.compose import RankData, latent_geometry
 from launch.environment import config_parser, join, read_place, run_command, split_config
 from launch.training import run_training
 
@@ -19,8 +23,8 @@ def main() -> None:
     )
     config = load_config(VAERun, **split_config(parser.parse_args().config))
     place = read_place()
-    mesh, _ = join(place, layout_of(config, place.world))
-    train(config, mesh)
+    mesh, device = join(place, layout_of(config, place.world))
+    train(config, mesh, device=device)
     stop()
 
 
@@ -34,10 +38,15 @@ def layout_of(config: VAERun, world: int) -> Layout:
     return Layout(dp=world // cp, ulysses=cp, cp=cp)  # of a sample's ranks only cp has work here
 
 
-def train(config: VAERun, mesh: ParallelMesh) -> None:
+def train(config: VAERun, mesh: ParallelMesh, *, device: torch.device) -> None:
     """The whole run, on this rank of ``mesh``."""
     data = RankData(config.data, seed=config.run.seed, geometry=latent_geometry, mesh=mesh)
-    task = VAETask(build_vae(config), config.loss, seed=config.run.seed, fps=config.data.fps, cp=mesh.cp)
+    judges = build_judges(config.loss, seed=config.run.seed, device=device)
+    if mesh.is_first and config.loss.perceptual is not None and config.loss.perceptual.weights == RANDOM:
+        print(
+            "warning: loss.perceptual.weights is random: LPIPS over an untrained network, which is for trying things out"
+        )
+    task = VAETask(build_vae(config), config.loss, seed=config.run.seed, fps=config.data.fps, cp=mesh.cp, judges=judges)
     run_training(config, task, data=data, mesh=mesh)
 
 

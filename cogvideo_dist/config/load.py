@@ -151,7 +151,8 @@ def _refuse_unknown(kind: Any, values: Any, path: str, places: Places) -> None:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"allowed here: {', '.join(known)}"
             raise ConfigError(f"{places.get(inner, 'configuration')}: unknown key {inner}; {hint}")
-        _refuse_unknown(types[key], value, inner, places)
+        section = next(filter(dataclasses.is_dataclass, typing.get_args(types[key])), types[key])  # of SECTION | None
+        _refuse_unknown(section, value, inner, places)
 
 
 def _explain(error: ValidationError, places: Places, files: Sequence[str | Path]) -> str:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from cogvideo_dist.parallel.split import full_shape
 
 FullState = dict[str, dict[str, Tensor]]
-"""Kind (``weights``, ``exp_avg``, ``exp_avg_sq``, ``ema``) -> parameter name -> the whole tensor in float32."""
+"""Kind (``weights``, ``exp_avg``, ``exp_avg_sq``, ``ema``; ``critic.weights`` ... of the model named critic that learns beside
+the task's own) -> parameter name -> the whole tensor in float32."""
 
 FORMAT = 1
 PREFIX, ASIDE, DYING = "step-", ".tmp-", ".del-"
@@ -134,15 +135,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def load(path: Path, model: nn.Module) -> tuple[FullState, Saved]:
-    """The state of a verified checkpoint for ``model``; a checkpoint of another model is refused by the first difference."""
+def load(path: Path, model: nn.Module, *, name: str = "") -> tuple[FullState, Saved]:
+    """The state of a verified checkpoint for ``model``, by kind; ``name`` is that of a model beside the task's own.
+
+    A checkpoint of another model is refused by the first difference.
+    """
     manifest = read_manifest(path)
     expected = {name: full_shape(model, name, p.shape) for name, p in model.named_parameters() if p.requires_grad}
     state: FullState = {}
-    for name in manifest["files"]:
-        tensors = load_file(path / name)
-        check_shapes(expected, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, source=str(path / name))
-        state[name.removesuffix(".safetensors")] = tensors
+    for file in manifest["files"]:
+        owner, _, kind = file.removesuffix(".safetensors").rpartition(".")
+        if owner == name:
+            tensors = load_file(path / file)
+            check_shapes(expected, {key: tuple(t.shape) for key, t in tensors.items()}, source=str(path / file))
+            state[kind] = tensors
     return state, Saved(manifest["step"], manifest["seed"], manifest["about"], manifest["scaler"])
 
 

@@ -5,14 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from cogvideo_dist.config.schema import Checkpoint, Log, Run, Train, Validation
-from cogvideo_dist.engine.checkpoint import CheckpointError, Saved, check_about, load, newest, save
+from cogvideo_dist.engine.checkpoint import (
+    CheckpointError,
+    FullState,
+    Saved,
+    check_about,
+    load,
+    newest,
+    read_manifest,
+    save,
+)
 from cogvideo_dist.engine.flops import peak_flops
 from cogvideo_dist.engine.log import Meter, RunLog, means, peak_memory
 from cogvideo_dist.engine.optim import learning_rate, state_keys
@@ -20,7 +29,7 @@ from cogvideo_dist.engine.zero import Engine
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.parallel.ops import barrier, broadcast_object, gather_objects
 from cogvideo_dist.parallel.split import own_slice
-from cogvideo_dist.protocols import Batch, Defect, Task
+from cogvideo_dist.protocols import Batch, Defect, Learner, Task
 
 
 class Batches(Protocol):
@@ -56,7 +65,8 @@ class Trainer:
         self.limits = data_limits
         self.folder = Path(settings.run.dir)
         self.problems: list[str] = []
-        self.first_step, self.engine = self._start()
+        self.first_step, self.players = self._start()
+        self.engine = self.players[0].engine
         self.log = RunLog(self.folder, first_step=self.first_step, steps=settings.train.steps, speaks=mesh.is_first)
         for problem in self.problems:
             self.log.say(f"warning: going on from step {self.first_step}: {problem}")
@@ -96,30 +106,42 @@ class Trainer:
                 self.save(done)
             self.since += time.monotonic() - begun  # judging and saving are no part of the steps' time
 
-    def _start(self) -> tuple[int, Engine]:
-        """The engine, with the state of the newest whole checkpoint if there is one. All ranks take the same."""
-        found = broadcast_object(self._newest() if self.mesh.is_first else None, self.mesh.world)
-        if isinstance(found, str):
-            raise CheckpointError(found)
-        path = found
-        state = saved = None
-        if path is not None:
-            state, saved = load(path, self.task.model)
-            check_about(self._about(), saved.about, source=str(path))
-            if state.keys() != {"weights", *state_keys(self.settings.train)}:
-                raise CheckpointError(
-                    f"{path} holds {', '.join(state)}; train.ema_decay was set otherwise when it was made"
-                )
-            with torch.no_grad():
-                for name, parameter in self.task.model.named_parameters():
-                    if parameter.requires_grad:
-                        parameter.copy_(own_slice(self.task.model, name, state["weights"][name]))
-        engine = Engine(self.task.model, self.settings.train, mesh=self.mesh, micro_steps=self.limits.micro_steps)
-        if state is None or saved is None:
-            return 0, engine
-        engine.load_state(state, step=saved.step)
-        engine.scaler = saved.scaler
-        return saved.step, engine
+    def _start(self) -> tuple[int, list[Player]]:
+        """The first step and the engines, with the state of the newest whole checkpoint if there is one; all ranks take the
+        same."""
+        path = broadcast_object(self._newest() if self.mesh.is_first else None, self.mesh.world)
+        if isinstance(path, str):
+            raise CheckpointError(path)
+        own = Learner("", self.task.model, self.settings.train, self.task.loss)
+        learners = [own, *self.task.rivals(self.settings.train)]
+        if path is None:
+            return 0, [Player(learner, self._engine(learner)) for learner in learners]
+        manifest = read_manifest(path)
+        check_about(self._about(), manifest["about"], source=str(path))
+        return manifest["step"], [Player(learner, self._restored(learner, path)) for learner in learners]
+
+    def _engine(self, learner: Learner) -> Engine:
+        return Engine(learner.model, learner.train, mesh=self.mesh, micro_steps=self.limits.micro_steps)
+
+    def _restored(self, learner: Learner, path: Path) -> Engine:
+        """Its engine as it was when ``path`` was saved."""
+        state, saved = load(path, learner.model, name=learner.name)
+        step = max(0, saved.step - learner.start)
+        expected = {"weights", *(state_keys(learner.train) if step else ())}
+        if state.keys() != expected:
+            whose = f"of the {learner.name} " if learner.name else ""
+            raise CheckpointError(
+                f"{path} holds {', '.join(state) or 'nothing'} {whose}instead of {', '.join(sorted(expected))}; the run's "
+                "settings were others when it was made (train.ema_decay, loss.critic)"
+            )
+        with torch.no_grad():
+            for name, parameter in learner.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(own_slice(learner.model, name, state["weights"][name]))
+        engine = self._engine(learner)
+        engine.load_state(state, step=step)
+        engine.scaler = {key: saved.scaler[learner.prefix + key] for key in engine.scaler}
+        return engine
 
     def _newest(self) -> Path | str | None:
         try:
@@ -130,23 +152,31 @@ class Trainer:
         return path
 
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
-        rate = learning_rate(self.settings.train, step)
         for _ in range(self.limits.micro_steps):
             waited = time.monotonic()
             batch = next(batches)
             self.meter.add("time/loader_wait", time.monotonic() - waited)
-            loss = self.task.loss(self.engine.forward, batch)
-            self.engine.backward(loss.total)
-            self.engine.step(rate)
-            self._count(batch, loss.total.detach())
-            for name, (value, weight) in loss.metrics.items():
-                self.meter.add(name, value, weight=weight)
+            for player in self.players:
+                if step >= player.learner.start:
+                    self._learn(player, batch)
+            self._count(batch)
         self.meter.add("steps", 1.0)
 
-    def _count(self, batch: Batch, loss: Tensor) -> None:
-        """Losses are shares of every rank; what the ranks of a sample know alike, one of them counts."""
+    def _learn(self, player: Player, batch: Batch) -> None:
+        """One micro-step of one of the models."""
+        learner, engine = player.learner, player.engine
+        loss = learner.loss(engine.forward, batch)
+        engine.backward(loss.total)
+        engine.step(player.rate(batch.plan.step))
+        # Losses are shares of every rank: their sum over ranks and micro-steps is that of a step.
+        share = 1 / (self.mesh.world.size * self.limits.micro_steps)
+        self.meter.add(f"{learner.tag}loss", loss.total.detach(), weight=share)
+        for name, (value, weight) in loss.metrics.items():
+            self.meter.add(name, value, weight=weight)
+
+    def _count(self, batch: Batch) -> None:
+        """What the ranks of a sample know alike, one of them counts."""
         share = float(self.speaks_for_sample)
-        self.meter.add("loss", loss)
         self.meter.add("tokens", share * batch.layout.tokens, weight=share * self.limits.tokens_per_pack)
         self.meter.add("samples", share * len(batch.samples))
         self.meter.add("flops", share * self.task.flops(batch.layout))
@@ -154,20 +184,17 @@ class Trainer:
 
     def _report(self, done: int) -> None:
         """Reduce and write what was metered since the last report."""
-        device, train = self.engine.device, self.settings.train
+        device = self.engine.device
         sums = self.meter.reduce(self.mesh.world, device)
         elapsed = time.monotonic() - self.since
         self.since = time.monotonic()
         steps = sums.pop("steps")[0] / self.mesh.world.size
-        loss, tokens, samples = sums.pop("loss")[0] / steps, sums.pop("tokens"), sums.pop("samples")
+        tokens, samples = sums.pop("tokens"), sums.pop("samples")
         flops, wait = sums.pop("flops")[0], sums.pop("time/loader_wait")[0]
         replaced, partial = self._list_defects()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {done} is {loss}; the last checkpoint stands")
+        averages = means(sums)
         values = {
-            "loss": loss,
-            "learning_rate": learning_rate(train, done - 1),
-            "gradient_norm": float(self.engine.grad_norm or 0.0),
+            **self._learned(done, averages),
             "throughput/tokens_per_s": tokens[0] / elapsed,
             "throughput/samples_per_s": samples[0] / elapsed,
             "throughput/mfu": flops / elapsed / self.peak,
@@ -179,15 +206,33 @@ class Trainer:
             "data/partial_samples": partial,
             "memory/peak_gib": max(gather_objects(peak_memory(device), self.mesh.world)) / 2**30,
             **self._traffic(steps),
-            **means(sums),
+            **averages,
         }
-        if train.precision == "fp16":
-            values["loss_scale"] = self.engine.scaler["cur_scale"]
         self.log.scalars(done, values)
         self.log.progress(
-            done, loss=f"{loss:.4f}", norm=f"{values['gradient_norm']:.3f}", mfu=f"{values['throughput/mfu']:.0%}"
+            done,
+            loss=f"{values['loss']:.4f}",
+            norm=f"{values['gradient_norm']:.3f}",
+            mfu=f"{values['throughput/mfu']:.0%}",
         )
         self._check_data(int(samples[0]), replaced)
+
+    def _learned(self, done: int, averages: dict[str, float]) -> dict[str, float]:
+        """Each model's loss, which must be finite, learning rate and gradient norm."""
+        values = {}
+        for player in self.players:
+            tag = player.learner.tag
+            if done <= player.learner.start:
+                continue
+            loss = values[f"{tag}loss"] = averages.pop(f"{tag}loss")
+            if not math.isfinite(loss):
+                whose = f" of the {player.learner.name}" if player.learner.name else ""
+                raise FloatingPointError(f"the loss{whose} of step {done} is {loss}; the last checkpoint stands")
+            values[f"{tag}learning_rate"] = player.rate(done - 1)
+            values[f"{tag}gradient_norm"] = float(player.engine.grad_norm or 0.0)
+            if player.engine.scaler:
+                values[f"{tag}loss_scale"] = player.engine.scaler["cur_scale"]
+        return values
 
     def _traffic(self, steps: float) -> dict[str, float]:
         """What this rank sent in a step, in megabytes, by axis and collective; DeepSpeed's own is not in it."""
@@ -241,14 +286,31 @@ class Trainer:
         self.engine.model.train()
 
     def save(self, done: int) -> None:
-        state = self.engine.full_state()
+        state: FullState = {}
+        scaler: dict[str, float] = {}
+        for player in self.players:
+            own = player.engine.full_state(step=max(0, done - player.learner.start))
+            state |= {player.learner.prefix + kind: tensors for kind, tensors in own.items()}
+            scaler |= {player.learner.prefix + key: value for key, value in player.engine.scaler.items()}
         if self.mesh.is_first:
-            saved = Saved(done, self.settings.run.seed, self._about(), self.engine.scaler)
+            saved = Saved(done, self.settings.run.seed, self._about(), scaler)
             save(self.folder / "ckpt", state, saved=saved, keep=self.settings.checkpoint.keep)
         barrier(self.mesh.world)
 
     def _about(self) -> dict[str, Any]:
         return {"seed": self.settings.run.seed, **self.task.fingerprint()}
+
+
+@dataclass(frozen=True)
+class Player:
+    """A model that learns, under its engine."""
+
+    learner: Learner
+    engine: Engine
+
+    def rate(self, step: int) -> float:
+        """Its learning rate in the run's step ``step``."""
+        return learning_rate(self.learner.train, step - self.learner.start)
 
 
 class DataLimits:

@@ -160,13 +160,12 @@ class Engine:
         ]
         return reduce_sum(torch.nn.utils.get_total_norm(mine).square(), self.mesh.tp).sqrt()
 
-    def full_state(self) -> FullState:
-        """Master weights and optimizer states by name, whole, on the CPU of the first rank (others get empty tensors' names).
-
-        Collective: every rank calls it. States exist from the first step on.
-        """
-        self._link_state()
-        keys = state_keys(self.train)
+    def full_state(self, *, step: int) -> FullState:
+        """Master weights and, after a ``step`` above 0, optimizer states by name, whole, on the CPU of the first rank (others
+        get empty tensors' names). Collective: every rank calls it."""
+        keys = state_keys(self.train) if step else ()
+        if keys:
+            self._link_state()
         state: FullState = {kind: {} for kind in ("weights", *keys)}
         for name, parameter in self.names.items():
             for kind in state:

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cogvideo_dist.models.vae_blocks import CausalConv3d
 from cogvideo_dist.parallel.mesh import Axis
 from cogvideo_dist.parallel.ops import reduce_sum
 
 ALONE = Axis("cp")
+LIMIT = 1e4
 
 
 def critic_hinge(real: Tensor, made: Tensor) -> Tensor:
@@ -43,28 +45,55 @@ def gradient_penalty(logits: Tensor, video: Tensor) -> Tensor:
     return _sum(slope.square())
 
 
+class LastConvolution:
+    """What a decoder's last convolution is given while this context lasts, forward by forward: enough to have its weight's
+    gradient without entering the decoder's graph, whose outputs an engine may have tied to its own backward."""
+
+    def __init__(self, conv: CausalConv3d) -> None:
+        self.conv = conv
+        self.inputs: list[Tensor] = []
+
+    def __enter__(self) -> LastConvolution:
+        self._handle = self.conv.register_forward_pre_hook(lambda _, given: self.inputs.append(given[0].detach()))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.remove()
+
+    def norms(self, slopes: Sequence[Sequence[Tensor]], axis: Axis) -> list[Tensor]:
+        """Of the weight's gradients, summed over ``axis``, for each of several lists of gradients at what it made."""
+        made = [self.conv(x) for x in self.inputs]
+        found = []
+        for each in slopes:
+            (grad,) = torch.autograd.grad(made, self.conv.weight, each, retain_graph=True)
+            found.append(reduce_sum(grad.to(torch.promote_types(grad.dtype, torch.float32)), axis).norm())
+        return found
+
+
 def balanced(
     outputs: Sequence[Tensor],
+    copies: Sequence[Tensor],
     *,
     reconstruction: Tensor,
     adversarial: Tensor,
-    weight: Tensor,
+    last: LastConvolution,
+    strength: float = 1.0,
     axis: Axis = ALONE,
-    limit: float = 1e4,
 ) -> tuple[Tensor, Tensor]:
-    """``reconstruction`` + lambda ``adversarial`` (Esser et al. 2021, arXiv 2012.09841, eq. 6 and 7), and lambda.
+    """``reconstruction`` + ``strength`` lambda ``adversarial`` (Esser et al. 2021, arXiv 2012.09841, eq. 6 and 7), and lambda.
 
-    lambda = |d reconstruction / d weight| / |d adversarial / d weight|, at most ``limit``, is a constant to the gradient.
-    ``weight`` is the decoder's last, and ``outputs`` are what it made of one pack, a tensor for each size of clip. Both
-    losses are this rank's shares; the gradients of ``weight`` are summed over ``axis`` first, so lambda belongs to the whole
-    pack however it is split, and it does not depend on other packs. Both losses' graphs are spent here, down to
-    ``outputs``: a critic gets no gradient, and nothing of it is held while the decoder goes backward.
+    lambda = |d reconstruction / d weight| / |d adversarial / d weight|, at most ``LIMIT``, is a constant to the gradient.
+    The weight is that of ``last``. ``outputs`` are what the decoder made of one pack, a tensor for each size of clip; both
+    losses are this rank's shares, computed from ``copies`` of them that require a gradient of their own. The gradients of
+    the weight are summed over ``axis``, so lambda belongs to the whole pack however it is split, and it does not depend on
+    other packs. Both losses' graphs are spent here: a critic gets no gradient, and nothing of it is held while the decoder
+    goes backward.
     """
-    slopes = [torch.autograd.grad(loss, outputs) for loss in (reconstruction, adversarial)]
-    norms = [_norm(outputs, slope, weight, axis) for slope in slopes]
-    factor = adaptive_weight(norms[0], norms[1], limit=limit)
-    total = reconstruction.detach() + factor * adversarial.detach()
-    joint = [a + factor.to(b.dtype) * b for a, b in zip(*slopes)]
+    slopes = [torch.autograd.grad(loss, copies) for loss in (reconstruction, adversarial)]
+    norms = last.norms(slopes, axis)
+    factor = adaptive_weight(norms[0], norms[1], limit=LIMIT)
+    total = reconstruction.detach() + strength * factor * adversarial.detach()
+    joint = [a + strength * factor.to(b.dtype) * b for a, b in zip(*slopes)]
     return _Known.apply(total, len(joint), *outputs, *joint), factor
 
 
@@ -91,11 +120,6 @@ class _Known(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         known = ctx.saved_tensors
         return None, None, *(grad.to(slope.dtype) * slope for slope in known), *(None for _ in known)
-
-
-def _norm(outputs: Sequence[Tensor], slopes: Sequence[Tensor], weight: Tensor, axis: Axis) -> Tensor:
-    (grad,) = torch.autograd.grad(outputs, weight, slopes, retain_graph=True)
-    return reduce_sum(grad.to(torch.promote_types(grad.dtype, torch.float32)), axis).norm()
 
 
 def _sum(x: Tensor) -> Tensor:

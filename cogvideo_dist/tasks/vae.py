@@ -1,4 +1,4 @@
-"""The autoencoder: a pack of clips -> the share of the step's reconstruction and KL loss, over the whole clip."""
+"""The autoencoder: a pack of clips -> the share of the step's loss (reconstruction, KL, LPIPS, critic), over whole clips."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cogvideo_dist.config.schema import SPATIAL, TEMPORAL, Size, VAELoss
+from cogvideo_dist.config.schema import SPATIAL, TEMPORAL, Size, Train, VAELoss
 from cogvideo_dist.evaluation.media import to_uint8
+from cogvideo_dist.evaluation.reconstruction import add, reconstruction_sums
+from cogvideo_dist.models.adversarial import LastConvolution
+from cogvideo_dist.models.critic import Critic
+from cogvideo_dist.models.perceptual import Perceptual
 from cogvideo_dist.models.vae import VAE, WHOLE, VAEConfig
 from cogvideo_dist.pack.layout import PackLayout
 from cogvideo_dist.parallel.frames import Shards, TimeContext, frames_of, latent_shares, most_ranks
 from cogvideo_dist.parallel.mesh import Axis
 from cogvideo_dist.parallel.ops import gather
-from cogvideo_dist.protocols import Batch, Defect, Loss, Picture, Sample
+from cogvideo_dist.protocols import Batch, Defect, Learner, Loss, Picture, Sample
 from cogvideo_dist.rng import fold
+from cogvideo_dist.tasks.adversary import Adversary, Made, pixels_of
 from cogvideo_dist.tasks.pixels import to_video
 
 
@@ -33,37 +38,86 @@ class Piece:
     time: TimeContext
 
 
+@dataclass(frozen=True)
+class Judges:
+    """Networks that look at reconstructions: LPIPS, and the critic that learns."""
+
+    perceptual: Perceptual | None = None
+    critic: Critic | None = None
+
+
+NO_JUDGES = Judges()
 SHOWN = 4
 """Held-out clips in the contact sheet."""
+AMPLIFIED = 4
+"""How much brighter errors are shown than they are."""
 
 
 class VAETask:
-    """Trains ``model`` to reconstruct clips; sums are divided by the pixels (times 3 colours) of the step's clips.
+    """Trains ``model`` to reconstruct clips; sums are divided by the pixels (times 3 colours) of the step's clips, those of
+    ``perceptual`` distances by their frames.
 
     The ranks of ``cp`` share every clip's frames; clips too short to split are dealt to them whole.
     """
 
-    def __init__(self, model: VAE, settings: VAELoss, *, seed: int, fps: float, cp: Axis | None = None) -> None:
+    def __init__(
+        self,
+        model: VAE,
+        settings: VAELoss,
+        *,
+        seed: int,
+        fps: float,
+        cp: Axis | None = None,
+        judges: Judges = NO_JUDGES,
+    ) -> None:
         self.model, self.settings, self.seed, self.fps = model, settings, seed, fps
         self.cp = cp or Axis("cp")
+        self.perceptual = judges.perceptual
+        self.adversary = None
+        if judges.critic is not None and settings.critic is not None:
+            self.adversary = Adversary(judges.critic, settings.critic, cp=self.cp)
         self.shown: list[Sample] = []
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        reconstruction, kl = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for samples, piece, share in self._dealt(batch.samples):
-            video = to_video(samples, next(self.model.parameters()))
-            noise = torch.cat([self._noise(video, sample) for sample in samples])
-            clip = video[:, :, piece.frames]
-            output, posterior = model(clip, noise[:, :, piece.latents], time=piece.time)
-            error = (output - clip).float()
-            error = error.abs() if self.settings.reconstruction == "l1" else error.square()
-            reconstruction = reconstruction + share * error.sum()
-            kl = kl + share * posterior.kl().float().sum()
-        pixels = sum(3 * prod(slot.size) for pack in batch.plan.packs for slot in pack)
-        counted = batch.samples if self.cp.rank == 0 else ()
-        seen = torch.tensor(sum(3 * prod(sample.slot.size) for sample in counted))
-        total = (reconstruction + self.settings.kl_weight * kl) / pixels
-        return Loss(total, {"loss/reconstruction": (reconstruction.detach(), seen), "loss/kl": (kl.detach(), seen)})
+        adversary = self.adversary if self.adversary and self.adversary.heard(batch.plan.step) else None
+        made: list[Made] = []
+        kl = torch.zeros((), device=self.device)
+        with LastConvolution(self.model.decoder.conv_out) as last:
+            for samples, piece, share in self._dealt(batch.samples):
+                video = to_video(samples, next(self.model.parameters()))
+                noise = torch.cat([self._noise(video, sample) for sample in samples])
+                clip = video[:, :, piece.frames]
+                output, posterior = model(clip, noise[:, :, piece.latents], time=piece.time)
+                seen = output if adversary is None else output.detach().requires_grad_()
+                made.append(Made(clip, output, seen, piece.time, share))
+                kl = kl + share * wide(posterior.kl()).sum()
+        total, metrics = self._reconstruction(batch, made)
+        if adversary is not None:
+            total, heard = adversary.joined(total, made, plan=batch.plan, last=last)
+            metrics |= heard
+        pixels, counted = pixels_of(batch.plan), metrics["loss/reconstruction"][1]
+        return Loss(total + self.settings.kl_weight * kl / pixels, metrics | {"loss/kl": (kl.detach(), counted)})
+
+    def _reconstruction(self, batch: Batch, made: Sequence[Made]) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """This rank's share of how far reconstructions are from the clips."""
+        error = torch.stack([item.weight * self._error(item.seen - item.clip).sum() for item in made]).sum()
+        counted = [sample.slot.size for sample in batch.samples] if self.cp.rank == 0 else []
+        metrics = {"loss/reconstruction": (error.detach(), torch.tensor(sum(3 * prod(size) for size in counted)))}
+        total = error / pixels_of(batch.plan)
+        if self.settings.perceptual is not None and self.perceptual is not None:
+            perceptual = self.perceptual
+            distance = torch.stack([item.weight * perceptual(item.seen, item.clip).sum() for item in made]).sum()
+            frames = sum(slot.size[0] for pack in batch.plan.packs for slot in pack)
+            total = total + self.settings.perceptual.weight * distance / frames
+            metrics["loss/perceptual"] = (distance.detach(), torch.tensor(sum(size[0] for size in counted)))
+        return total, metrics
+
+    def _error(self, difference: Tensor) -> Tensor:
+        difference = wide(difference)
+        return difference.abs() if self.settings.reconstruction == "l1" else difference.square()
+
+    def rivals(self, train: Train) -> Sequence[Learner]:
+        return () if self.adversary is None else (self.adversary.learner(train),)
 
     def _dealt(self, samples: Sequence[Sample]) -> list[tuple[list[Sample], Piece, float]]:
         """What this rank computes: batches of one size, its piece of them, and the weight of what comes out.
@@ -94,27 +148,28 @@ class VAETask:
 
     @torch.no_grad()
     def held_out_loss(self, model: nn.Module, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Mean absolute error and PSNR (peak 2, per clip) of the posterior's mode, decoded."""
-        errors, psnr = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        """Mean absolute error, and the measures of ``reconstruction_sums``, of the posterior's mode, decoded."""
+        error, parts = torch.zeros((), dtype=torch.float64), []
         for sample in batch.samples:
             output, video = self._reconstruct(model, sample)
-            errors += (output - video).abs().mean()
-            psnr += 10 * torch.log10(4 / (output - video).square().mean())
+            error += (output - video).abs().mean().double().cpu()
+            parts.append(reconstruction_sums(video[0], output[0], perceptual=self.perceptual))
         self.shown = list(batch.samples[:SHOWN])
         speaks = float(self.cp.rank == 0)  # every rank has come to the same figures
-        count = torch.tensor(len(batch.samples) * speaks)
-        return {"held_out/loss": (errors * speaks, count), "held_out/psnr": (psnr * speaks, count)}
+        found = {"loss": (error, torch.tensor(float(len(batch.samples)))), **add(parts)}
+        # A name with another slash would be a group of its own in TensorBoard.
+        return {f"held_out/{name.replace('/', '_')}": (v * speaks, n * speaks) for name, (v, n) in found.items()}
 
     @torch.no_grad()
     def pictures(self, model: nn.Module) -> list[Picture]:
-        """Held-out clips: the original on the left, its reconstruction on the right."""
+        """Held-out clips: the original, its reconstruction, and how far they are apart."""
         pictures = []
         for sample in self.shown:
             output, video = self._reconstruct(model, sample)
-            pair = to_uint8(torch.cat([video[0], output[0]], dim=-1))
-            pictures.append(
-                Picture(f"clip-{sample.key}", f"original | reconstruction: {sample.caption}", pair, self.fps)
-            )
+            apart = (AMPLIFIED * (output.clamp(-1, 1) - video).abs() - 1).clamp(max=1)  # black where they agree
+            three = to_uint8(torch.cat([video[0], output[0], apart[0]], dim=-1))
+            caption = f"original | reconstruction | error x {AMPLIFIED}: {sample.caption}"
+            pictures.append(Picture(f"clip-{sample.key}", caption, three, self.fps))
         return pictures
 
     def notices(self) -> list[Defect]:
@@ -137,7 +192,7 @@ class VAETask:
         return torch.randn(shape, generator=generator).to(video)
 
     def _reconstruct(self, model: nn.Module, sample: Sample) -> tuple[Tensor, Tensor]:
-        """(reconstruction, original), both [1, 3, T, H, W] float32 and whole, on every rank of ``cp``."""
+        """(reconstruction, original), both [1, 3, T, H, W] and whole, on every rank of ``cp``."""
         video = to_video([sample], next(self.model.parameters()))
         piece, noise = self._piece(sample.slot.size), torch.zeros_like(self._noise(video, sample))
         output, _ = model(video[:, :, piece.frames], noise[:, :, piece.latents], time=piece.time)
@@ -146,7 +201,12 @@ class VAETask:
             shares = latent_shares(latents, self.cp.size)
             counts = [len(frames_of(shares, rank, compression=TEMPORAL)) for rank in range(self.cp.size)]
             output = gather(output.transpose(0, 2).contiguous(), self.cp, counts=counts).wait().transpose(0, 2)
-        return output.float(), video.float()
+        return wide(output), wide(video)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least, which is what is summed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _by_size(samples: Sequence[Sample]) -> list[list[Sample]]:

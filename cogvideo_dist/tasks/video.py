@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogvideo_dist.config.schema import AttentionName, Diffusion, Validation
+from cogvideo_dist.config.schema import AttentionName, Diffusion, Train, Validation
 from cogvideo_dist.diffusion.loss import squared_errors
 from cogvideo_dist.diffusion.schedule import Schedule, ScheduleConfig
 from cogvideo_dist.diffusion.timesteps import TIMESTEP_SAMPLING
@@ -22,7 +22,7 @@ from cogvideo_dist.pack.layout import TEXT, VISION, PackLayout
 from cogvideo_dist.pack.patch import patchify
 from cogvideo_dist.pack.shard import SequenceShard
 from cogvideo_dist.parallel.mesh import ParallelMesh
-from cogvideo_dist.protocols import Batch, Defect, Loss, Picture, Sample
+from cogvideo_dist.protocols import Batch, Defect, Learner, Loss, Picture, Sample
 from cogvideo_dist.rng import fold
 from cogvideo_dist.tasks.pixels import to_video
 from cogvideo_dist.tasks.sampling import Sampler, padded_front
@@ -113,6 +113,9 @@ class VideoTask:
             )
             for i, (prompt, text) in enumerate(zip(self.validation.prompts, texts))
         ]
+
+    def rivals(self, train: Train) -> Sequence[Learner]:
+        return ()
 
     def notices(self) -> list[Defect]:
         """Captions that are longer than the text length, once each."""

@@ -61,7 +61,7 @@ def three_steps(mesh: ParallelMesh, train: Train) -> Result:
             total += loss.detach()
         losses.append(reduce_sum(total, mesh.world).item())
         norms.append(float(engine.grad_norm or 0))
-    return {"losses": losses, "norms": norms, "state": engine.full_state(), "drift": drift(engine, mesh)}
+    return {"losses": losses, "norms": norms, "state": engine.full_state(step=STEPS), "drift": drift(engine, mesh)}
 
 
 def pack_loss(engine: Engine, mesh: ParallelMesh, *, seed: int) -> Tensor:

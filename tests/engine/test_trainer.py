@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -21,7 +21,7 @@ from cogvideo_dist.engine.optim import learning_rate
 from cogvideo_dist.engine.trainer import DataLimits, Trainer
 from cogvideo_dist.pack.layout import Clip, PackLayout
 from cogvideo_dist.parallel.mesh import Axis, ParallelMesh
-from cogvideo_dist.protocols import Batch, Defect, Loss, Picture, Sample, Slot, StepPlan
+from cogvideo_dist.protocols import Batch, Defect, Learner, Loss, Picture, Sample, Slot, StepPlan
 from tests.ranks import run_ranks
 
 PACKS, SIZE = 2, (1, 16, 16)
@@ -97,6 +97,9 @@ class Slope:
     def held_out_loss(self, model: nn.Module, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
         return {"held_out/loss": (torch.tensor(float(batch.pack)), torch.tensor(1))}
 
+    def rivals(self, train: Train) -> Sequence[Learner]:
+        return ()
+
     def pictures(self, model: nn.Module) -> list[Picture]:
         return []
 
@@ -109,6 +112,40 @@ class Slope:
 
     def fingerprint(self) -> Mapping[str, Any]:
         return {"task": "slope"}
+
+
+START = 3
+
+
+class Contest(Slope):
+    """Beside the slope, from step ``START`` on, a second weight that learns from what the first was in the same micro-step."""
+
+    def __init__(self, breaks: float = math.inf) -> None:
+        super().__init__()
+        self.second, self.of_second, self.said = nn.Linear(1, 1, bias=False), breaks, torch.zeros(())
+        nn.init.constant_(self.second.weight, 1.0)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        loss = super().loss(model, batch)
+        self.said = loss.total.detach()
+        return loss
+
+    def rivals(self, train: Train) -> Sequence[Learner]:
+        own = replace(train, learning_rate=0.2, warmup_steps=2, betas=(0.5, 0.5))
+        return (Learner("second", self.second, own, self.answer, START),)
+
+    def answer(self, model: nn.Module, batch: Batch) -> Loss:
+        value = (model(torch.ones(1, 1)) * self.said).square().sum() / PACKS
+        return Loss(value * math.nan if batch.plan.step >= self.of_second else value, {})
+
+
+def contest(mesh: ParallelMesh, config: Settings, breaks: float = math.inf) -> str:
+    limits = DataLimits(micro_steps=PACKS // mesh.dp.size, tokens_per_pack=2, max_bad_share=0.9)
+    try:
+        Trainer(config, Contest(breaks), batches=ToBe(mesh), mesh=mesh, data_limits=limits).run()
+    except (FloatingPointError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def run(
@@ -151,6 +188,48 @@ def test_a_report_comes_before_every_checkpoint(tmp_path: Path) -> None:
     found = [[(e["step"], e["loss"]) for e in entries(tmp_path / name) if "loss" in e] for name in ("whole", "halted")]
     assert [step for step, _ in found[0]] == [3, 4, 6, 8]
     assert found[0] == found[1]
+
+
+def test_a_second_model_learns_from_its_start_on(tmp_path: Path) -> None:
+    config = settings(tmp_path, steps=6)
+    assert run_ranks(contest, 1, config) == [""]
+    found = [entry for entry in entries(tmp_path) if "loss" in entry]
+    assert ["second/loss" in entry for entry in found] == [False] * START + [True] * 3
+    assert [entry["second/learning_rate"] for entry in found[START:]] == pytest.approx([0.1, 0.2, 0.2])
+    # Both packs of a step: (w / 2)^2 halved, twice; w has fallen by its rate in each of three steps.
+    assert found[START]["second/loss"] == pytest.approx((4.7 / 2) ** 2, rel=1e-3)
+    assert found[START + 1]["second/loss"] == pytest.approx((0.9 * 4.6 / 2) ** 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2)])
+def test_a_second_model_goes_on_bitwise_wherever_the_run_was_ended(tmp_path: Path, ranks: int, stage: int) -> None:
+    """Before its start, at it, and after it."""
+    whole, broken = (settings(tmp_path / name, save=1) for name in ("whole", "broken"))
+    train = replace(whole.train, zero_stage=stage, ema_decay=0.9)
+    assert run_ranks(contest, ranks, replace(whole, train=train)) == [""] * ranks
+    for steps in (START - 1, START, START + 1, 6):
+        assert run_ranks(contest, ranks, replace(broken, train=replace(train, steps=steps))) == [""] * ranks
+    figures = ("step", "loss", "gradient_norm", "second/loss", "second/gradient_norm", "second/learning_rate")
+    runs = [
+        [{k: e.get(k) for k in figures} for e in entries(tmp_path / name) if "loss" in e]
+        for name in ("whole", "broken")
+    ]
+    assert runs[0] == runs[1]
+    paths = [newest(tmp_path / name / "ckpt")[0] for name in ("whole", "broken")]
+    files = [{file.name: file.read_bytes() for file in path.glob("*.safetensors")} for path in paths if path]
+    assert files[0] == files[1]
+    assert {"second.weights.safetensors", "second.exp_avg.safetensors", "ema.safetensors"} < files[0].keys()
+
+
+def test_a_second_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    (message,) = run_ranks(contest, 1, settings(tmp_path, save=2), 4)
+    assert message == "FloatingPointError: the loss of the second of step 5 is nan; the last checkpoint stands"
+
+
+def test_a_checkpoint_without_the_second_model_is_refused(tmp_path: Path) -> None:
+    run_ranks(run, 1, settings(tmp_path, steps=2))
+    (message,) = run_ranks(contest, 1, settings(tmp_path))
+    assert "step-000002 holds nothing of the second instead of weights" in message
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ def job(mesh: ParallelMesh, train: Train, resume: Result | None) -> Result:
         losses.append(reduce_sum(total, mesh.dp).item())
         norms.append(float(engine.grad_norm or 0))
         if step == SAVED - 1:
-            saved = engine.full_state()
-    return {"losses": losses, "norms": norms, "saved": saved, "final": engine.full_state()}
+            saved = engine.full_state(step=step + 1)
+    return {"losses": losses, "norms": norms, "saved": saved, "final": engine.full_state(step=STEPS)}
 
 
 def pack_loss(engine: Engine, config: Any, seed: int) -> Tensor:

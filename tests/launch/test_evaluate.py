@@ -22,7 +22,8 @@ from cogvideo_dist.evaluation.reconstruction import latent_sums, reconstruction_
 from cogvideo_dist.models.perceptual import Perceptual
 from cogvideo_dist.rng import fold
 from launch import evaluate
-from launch.compose import build_vae, latent_geometry, load_vae
+from launch.autoencoder import build_vae
+from launch.compose import latent_geometry, load_vae
 from launch.evaluate_report import Evaluation, Measured, show, write_report
 from tests.launch.test_train_vae import CONFIG
 from tests.launch.world import World, outcome

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
+import signal
 import sys
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +16,10 @@ from diffusers import AutoencoderKLCogVideoX
 
 from cogvideo_dist.config.load import ConfigError, load_config
 from cogvideo_dist.config.schema import VAERun
+from cogvideo_dist.engine.checkpoint import newest
+from cogvideo_dist.engine.zero import Engine
+from cogvideo_dist.models.critic import Critic
+from cogvideo_dist.models.vae import VAE
 from cogvideo_dist.parallel.mesh import ParallelMesh, build_mesh
 from launch import convert, train_vae
 from launch.compose import load_vae
@@ -36,10 +45,22 @@ validation: {samples_every: 4, prompts: ["held-out clips"]}
 """
 
 
-def train(mesh: ParallelMesh, file: Path, overrides: list[str]) -> None:
-    config = load_config(VAERun, [file], overrides=overrides)
+CONTEST = """\
+loss:
+  reconstruction: l2
+  kl_weight: 1.0e-4
+  perceptual: {weights: random, net: squeeze, weight: 0.1}
+  critic: {start: 3, learning_rate: 1.0e-3, channels: [4, 8], r1_weight: 1.0, r1_every: 2}
+train: {steps: 6, eps: 1.0e-3}
+checkpoint: {every: 2}
+"""
+"""With LPIPS, and a critic after three of six steps, which pays its penalty in steps 3 and 5."""
+
+
+def train(mesh: ParallelMesh, files: list[Path], overrides: list[str]) -> None:
+    config = load_config(VAERun, files, overrides=overrides)
     layout = train_vae.layout_of(config, mesh.world.size)
-    train_vae.train(config, build_mesh(layout, rank=mesh.world.rank))
+    train_vae.train(config, build_mesh(layout, rank=mesh.world.rank), device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +73,13 @@ def file(world: World) -> Path:
 @pytest.fixture(scope="module")
 def run(world: World, file: Path) -> Path:
     folder = world.root / "vae-run"
-    run_ranks(train, 1, file, [f"run.dir={folder}", "train.zero_stage=0"])
+    run_ranks(train, 1, [file], [f"run.dir={folder}", "train.zero_stage=0"])
     return folder
 
 
 def test_two_ranks_that_were_stopped_half_way_compute_the_run(file: Path, run: Path, tmp_path: Path) -> None:
     for steps in (2, 4):
-        run_ranks(train, 2, file, [f"run.dir={tmp_path}", f"train.steps={steps}", "validation.samples_every=0"])
+        run_ranks(train, 2, [file], [f"run.dir={tmp_path}", f"train.steps={steps}", "validation.samples_every=0"])
     names = ("loss", "loss/reconstruction", "loss/kl")
     for found, expected in zip(steps_of(tmp_path, *names), steps_of(run, *names), strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
@@ -71,14 +92,14 @@ SMOOTH = "train.eps=1.0e-3"
 @pytest.fixture(scope="module")
 def smooth(world: World, file: Path) -> Path:
     folder = world.root / "vae-smooth"
-    run_ranks(train, 1, file, [f"run.dir={folder}", SMOOTH])
+    run_ranks(train, 1, [file], [f"run.dir={folder}", SMOOTH])
     return folder
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_clips_split_in_time_compute_the_run(file: Path, smooth: Path, tmp_path: Path, ranks: int) -> None:
     """cp = 2, with images, which do not split; alone and with two data-parallel ranks; losses, judgements and pictures."""
-    run_ranks(train, ranks, file, [f"run.dir={tmp_path}", SMOOTH, "parallel.cp=2"])
+    run_ranks(train, ranks, [file], [f"run.dir={tmp_path}", SMOOTH, "parallel.cp=2"])
     # L1's gradient is a sign, which rounding flips where an error is next to nothing: its norm is less exact than the loss.
     for names, bound in ((("loss", "loss/reconstruction", "loss/kl"), 1e-5), (("gradient_norm",), 5e-4)):
         for found, expected in zip(steps_of(tmp_path, *names), steps_of(smooth, *names), strict=True):
@@ -89,6 +110,96 @@ def test_clips_split_in_time_compute_the_run(file: Path, smooth: Path, tmp_path:
     assert psnr[0] == pytest.approx(psnr[1], rel=1e-5)
     shown = [sorted(path.name for path in (run / "samples" / "step-000004").iterdir()) for run in (tmp_path, smooth)]
     assert len(shown[0]) == len(shown[1])  # those of the first data-parallel rank
+
+
+@pytest.fixture(scope="module")
+def contest(file: Path) -> Path:
+    path = file.with_name("contest.yaml")
+    path.write_text(CONTEST)
+    return path
+
+
+LOSSES = ("loss", "loss/reconstruction", "loss/kl", "loss/perceptual")
+AGAINST = ("loss/decoder", "critic/loss", "critic/balance", "critic/hinge", "critic/right")
+ENDS = [
+    (VAE, "backward", 3), (Critic, "backward", 1), (Critic, "full_state", 1),
+    *(pytest.param(*end, marks=pytest.mark.long) for end in (
+        (VAE, "backward", 9), (VAE, "step", 8), (VAE, "full_state", 3), (Critic, "backward", 4), (Critic, "step", 0),
+        (Critic, "step", 3), (Critic, "full_state", 2),
+    )),
+]  # fmt: skip
+"""Ends by kill -9: whose call of what, counted from 0. A step has two micro-steps; the critic's first is the seventh."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: World, file: Path, contest: Path) -> Path:
+    folder = world.root / "vae-contest"
+    run_ranks(
+        train, 2, [file, contest], [f"run.dir={folder}", "parallel.cp=2", "checkpoint.every=1", "checkpoint.keep=9"]
+    )
+    return folder
+
+
+def ended(mesh: ParallelMesh, files: list[Path], overrides: list[str], end: tuple[str, str, int]) -> None:
+    """``train``, in which the first rank dies when the named call has returned."""
+    whose, method, last = end
+    function, calls = getattr(Engine, method), count()
+
+    def call(engine: Engine, *args: Any, **options: Any) -> Any:
+        result = function(engine, *args, **options)
+        if type(engine.model).__name__ == whose and next(calls) == last and mesh.is_first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(Engine, method, call)  # the process is this rank's own
+    train(mesh, files, overrides)
+
+
+@pytest.mark.parametrize(("model", "method", "call"), ENDS)
+def test_a_run_killed_in_either_phase_goes_on_bitwise(
+    file: Path, contest: Path, undisturbed: Path, tmp_path: Path, model: type, method: str, call: int
+) -> None:
+    overrides = [f"run.dir={tmp_path}", "parallel.cp=2", "checkpoint.every=1", "checkpoint.keep=9"]
+    with pytest.raises(AssertionError, match=r"rank 0 ended with -9|rank 1 failed first"):
+        run_ranks(ended, 2, [file, contest], overrides, (model.__name__, method, call))
+    assert len(steps_of(tmp_path, "loss")) < 6
+    run_ranks(train, 2, [file, contest], overrides)
+    figures = ("step", "gradient_norm", "critic/gradient_norm", *LOSSES, *AGAINST)
+    found, expected = (
+        [{name: e.get(name) for name in figures} for e in read_log(run) if "loss" in e]
+        for run in (tmp_path, undisturbed)
+    )
+    assert found == expected
+    paths = [newest(run / "ckpt")[0] for run in (tmp_path, undisturbed)]
+    files = [{path.name: path.read_bytes() for path in folder.glob("*.safetensors")} for folder in paths if folder]
+    assert files[0] == files[1]
+    assert len(files[0]) == 7
+
+
+def test_a_critic_is_heard_from_its_start_on(undisturbed: Path) -> None:
+    found = [entry for entry in read_log(undisturbed) if "loss" in entry]
+    assert [all(name in entry for name in AGAINST) for entry in found] == [False] * 3 + [True] * 3
+    assert ["critic/penalty" in entry for entry in found] == [False, False, False, True, False, True]
+    assert all(math.isfinite(value) for entry in found for value in entry.values())
+    held_out = [entry for entry in read_log(undisturbed) if "held_out/psnr" in entry][-1]
+    assert {
+        "held_out/ssim",
+        "held_out/lpips",
+        "held_out/flicker_original",
+        "held_out/flicker_reconstruction",
+    } < held_out.keys()
+
+
+def test_a_run_with_a_critic_is_that_of_one_process(
+    file: Path, contest: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """On two data-parallel ranks, and split in time, where rounding is another and training makes more of it."""
+    run_ranks(train, 1, [file, contest], [f"run.dir={tmp_path / 'one'}"])
+    run_ranks(train, 2, [file, contest], [f"run.dir={tmp_path / 'two'}"])
+    for run, bound in ((tmp_path / "two", 1e-4), (undisturbed, 5e-3)):
+        for found, expected in zip(read_log(run), read_log(tmp_path / "one"), strict=True):
+            for name in {*LOSSES, *AGAINST, "held_out/psnr", "held_out/lpips"} & expected.keys():
+                assert found[name] == pytest.approx(expected[name], rel=bound), (found["step"], name)
 
 
 def test_a_split_that_does_not_divide_the_ranks_is_refused(file: Path) -> None:
