@@ -35,7 +35,8 @@ MAY_IMPORT = {
 BELONGS = {
     "torch.distributed": ("cogvideo_dist/parallel/", "bench/parallel_block.py"),  # which compares with its DTensor
     "deepspeed": ("cogvideo_dist/engine/", "bench/parallel.py"),  # which compares with its Ulysses
-    "diffusers": ("launch/demo.py", "bench/"),  # the demo compares with it, benchmarks are against it
+    # The demo and verified exports compare with it, benchmarks are against it.
+    "diffusers": ("launch/demo.py", "launch/convert.py", "bench/"),
     "lpips": ("cogvideo_dist/models/perceptual.py",),
 }
 """Module -> the only places that import it."""

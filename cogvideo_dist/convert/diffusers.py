@@ -121,14 +121,19 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for name in names:
         if Path(name).name != name:
             raise ValueError(f"{index} points outside its folder: {name!r}")
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        except FileNotFoundError:
-            raise ValueError(f"{folder / name}: no such file; weights are read from safetensors only") from None
-        except SafetensorError as error:
-            raise ValueError(f"{folder / name}: damaged or no safetensors file: {error}") from None
+        tensors |= read_file(folder / name)
     return tensors
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; weights are read from safetensors only") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or no safetensors file: {error}") from None
 
 
 def _filled(model: nn.Module, folder: Path, rows: list[Row]) -> Any:

@@ -6,7 +6,7 @@ that and conversion either way moves numbers without touching them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -118,7 +118,7 @@ def from_foreign(
     foreign: Mapping[str, Tensor], rows: list[Row], *, column: Column, shapes: Mapping[str, torch.Size], source: str
 ) -> dict[str, Tensor]:
     """Foreign tensors under our names. Strict: a missing, extra or misshapen tensor is an error that names it."""
-    _check_names(foreign, rows, column, source)
+    check_names(foreign.keys(), {part.name for row in rows for part in row.parts(column)}, source=source)
     state = {}
     for row in rows:
         pieces: list[Tensor | None] = [None] * row.pieces
@@ -138,9 +138,9 @@ def _foreign_shape(part: Part, row: Row, ours: torch.Size) -> tuple[int, ...]:
     return part.shape or (len(part.take) * ours[0] // row.pieces, *ours[1:])
 
 
-def _check_names(foreign: Mapping[str, Tensor], rows: list[Row], column: Column, source: str) -> None:
-    wanted = {part.name for row in rows for part in row.parts(column)}
-    for problem, names in (("lacks", wanted - foreign.keys()), ("has the unknown", foreign.keys() - wanted)):
+def check_names(found: Set[str], wanted: Set[str], *, source: str) -> None:
+    """Raises ``ValueError`` naming the tensors that are missing or unknown."""
+    for problem, names in (("lacks", wanted - found), ("has the unknown", found - wanted)):
         if names:
             shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise ValueError(f"{source} {problem} {'tensor' if len(names) == 1 else 'tensors'} {shown}")

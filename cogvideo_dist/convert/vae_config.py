@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,16 +87,20 @@ def config_from_diffusers(fields: Mapping[str, Any]) -> VAEConfig:
         if full[name] not in (True, False):
             raise ValueError(f"{CLASS} field {name!r} is {full[name]!r}; expected true or false")
     values = {ours: _number(theirs, full[theirs]) for theirs, ours in FIELDS.items() if theirs != "block_out_channels"}
+    if not isinstance(full["block_out_channels"], (list, tuple)):
+        raise ValueError(
+            f"{CLASS} field 'block_out_channels' is {full['block_out_channels']!r}; expected a list of numbers"
+        )
     channels = tuple(_number("block_out_channels", value) for value in full["block_out_channels"])
     for name, block in (("down_block_types", "CogVideoXDownBlock3D"), ("up_block_types", "CogVideoXUpBlock3D")):
-        if list(full[name]) != [block] * len(channels):
+        if full[name] not in ([block] * len(channels), (block,) * len(channels)):
             raise ValueError(f"{CLASS} field {name!r} is {full[name]!r}; expected {len(channels)} times {block!r}")
     return VAEConfig(block_out_channels=channels, **values)
 
 
 def _number(name: str, value: Any) -> Any:
     """A number from JSON, whole unless the field is a real one; diffusers' own default for a ratio is 4 typed as float."""
-    if type(value) not in (int, float):
+    if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError(f"{CLASS} field {name!r} is {value!r}; expected a number")
     if name in REAL:
         return float(value)

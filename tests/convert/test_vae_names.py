@@ -9,6 +9,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
+from cogvideo_dist.convert.diffusers import vae_rows
+from cogvideo_dist.convert.names import from_foreign, to_foreign
 from cogvideo_dist.convert.vae_config import config_from_diffusers, config_to_diffusers
 from cogvideo_dist.convert.vae_names import vae_names
 from cogvideo_dist.models.vae import VAE, VAEConfig
@@ -83,11 +85,15 @@ def test_fields_left_out_take_the_defaults_of_diffusers() -> None:
         {"invert_scale_latents": "no"},
         {"temporal_compression_ratio": 2.5},
         {"latent_channels": "16"},
+        {"latent_channels": float("inf")},
+        {"scaling_factor": float("nan")},
+        {"block_out_channels": 4},
+        {"up_block_types": 4},
         {"block_out_channels": [32, 64]},
     ],
 )
 def test_what_the_vae_does_not_compute_is_refused_by_name(fields: dict[str, Any]) -> None:
-    name = "down_block_types" if "block_out_channels" in fields else next(iter(fields))
+    name = "down_block_types" if fields == {"block_out_channels": [32, 64]} else next(iter(fields))
     with pytest.raises(ValueError, match=name):
         config_from_diffusers(fields)
 
@@ -95,3 +101,56 @@ def test_what_the_vae_does_not_compute_is_refused_by_name(fields: dict[str, Any]
 def test_an_epsilon_that_diffusers_cannot_express_is_refused() -> None:
     with pytest.raises(ValueError, match="norm_eps"):
         config_to_diffusers(VAEConfig(norm_eps=1e-5))
+
+
+def sat_layout() -> dict[str, tuple[int, ...]]:
+    """The released VAE's tensors as SAT builds it: 128 channels times 1, 2, 2, 4, three blocks a level, one more on the way
+    back, spatial norms with the latents' 16 channels in the decoder."""
+    widths, found = (128, 256, 256, 512), {}
+
+    def conv(name: str, *shape: int) -> None:
+        found.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
+
+    def norm(name: str, width: int) -> None:
+        if name.startswith("encoder"):
+            conv(name, width)
+        else:
+            conv(f"{name}.norm_layer", width)
+            conv(f"{name}.conv_y.conv", width, 16, 1, 1, 1)
+            conv(f"{name}.conv_b.conv", width, 16, 1, 1, 1)
+
+    def block(name: str, before: int, width: int) -> None:
+        for i, channels in (("1", before), ("2", width)):
+            norm(f"{name}.norm{i}", channels)
+            conv(f"{name}.conv{i}.conv", width, channels, 3, 3, 3)
+        if before != width:
+            conv(f"{name}.nin_shortcut", width, before, 1, 1, 1)
+
+    for half, ins, out, last in (("encoder", (3, 128), (32, 512), 3), ("decoder", (16, 512), (3, 128), 0)):
+        conv(f"{half}.conv_in.conv", ins[1], ins[0], 3, 3, 3)
+        norm(f"{half}.norm_out", out[1])
+        conv(f"{half}.conv_out.conv", out[0], out[1], 3, 3, 3)
+        for i in ("1", "2"):
+            block(f"{half}.mid.block_{i}", 512, 512)
+        before = ins[1]
+        for i in range(4) if half == "encoder" else reversed(range(4)):
+            way, change, count = ("down", "downsample", 3) if half == "encoder" else ("up", "upsample", 4)
+            for j in range(count):
+                block(f"{half}.{way}.{i}.block.{j}", before, widths[i])
+                before = widths[i]
+            if i != last:
+                conv(f"{half}.{way}.{i}.{change}.conv", before, before, 3, 3)
+    return found
+
+
+def test_the_released_vae_has_the_layout_of_sat_and_comes_back_from_it() -> None:
+    rows = vae_rows(VAEConfig())
+    with torch.device("meta"):
+        state = VAE(VAEConfig()).state_dict()
+    foreign = to_foreign(state, rows, "sat")
+    assert {name: tuple(tensor.shape) for name, tensor in foreign.items()} == sat_layout()
+    sizes = {half: sum(t.numel() for n, t in foreign.items() if n.startswith(half)) for half in ("encoder", "decoder")}
+    assert sizes == {"encoder": 92_215_456, "decoder": 123_368_451}
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    again = from_foreign(foreign, rows, column="sat", shapes=shapes, source="released")
+    assert {name: tensor.shape for name, tensor in again.items()} == shapes
