@@ -10,17 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
-from cogvideo_dist.data.shards import (
-    REJECTED,
-    Entry,
-    Source,
-    Written,
-    find_sources,
-    read_manifest,
-    shown,
-    take_in,
-    write_shards,
-)
+from cogvideo_dist.data.shards import REJECTED, shown
+from cogvideo_dist.data.sources import Source, find_sources, read_manifest, take_in
+from cogvideo_dist.data.writing import Entry, Written, write_shards
 from cogvideo_dist.protocols import Defect
 from cogvideo_dist.rng import fold
 

@@ -23,11 +23,12 @@ from cogvideo_dist.models.dit import DiT, Recompute
 from cogvideo_dist.models.init import draw_parameters
 from cogvideo_dist.models.presets import LATENT_SCALE, DiTConfig
 from cogvideo_dist.models.text import TextEncoder
-from cogvideo_dist.models.vae import VAE
+from cogvideo_dist.models.vae import VAE, Tiling
 from cogvideo_dist.pack.layout import Clip
 from cogvideo_dist.parallel.mesh import Axis, ParallelMesh
 from cogvideo_dist.parallel.ops import barrier, broadcast_object
 from cogvideo_dist.protocols import Batch, Defect, Geometry
+from cogvideo_dist.tasks.pixels import tiling_of
 from cogvideo_dist.tasks.video import FrozenModels, cut_reason
 
 FREE = {
@@ -85,7 +86,7 @@ def load_frozen(config: DiTRun, *, device: torch.device, records: list[Record], 
     scale = vae.config.scaling_factor if vae else LATENT_SCALE.get(config.model.preset.removeprefix("tiny-"), 1.0)
     if config.data.source == "latents":
         scale = check_latents(config, records, vae=vae)
-    return FrozenModels(scale, vae, config.frozen.vae_semantics, text)
+    return FrozenModels(scale, vae, config.frozen.vae_semantics, text, config.frozen.vae_tiling)
 
 
 def load_vae(folder: str, device: torch.device) -> VAE:
@@ -104,20 +105,35 @@ def load_text(folder: str, model: DiTConfig, *, device: torch.device) -> TextEnc
 
 
 def check_latents(config: DiTRun, records: list[Record], *, vae: VAE | None) -> float:
-    """The scaling factor of encoded latents; refuses those of another autoencoder or of a text encoder that does not fit."""
-    model, shards = config.model.transformer(), config.data.shards
+    """The scaling factor of encoded latents; refuses those of a text encoder that does not fit, and of another autoencoder
+    (or way of using it) than ``vae``, which decodes the run's pictures."""
+    model, shards, frozen = config.model.transformer(), config.data.shards, config.frozen
     scale = stored(records, "scaling_factor", shards=shards)
-    expected: dict[str, Any] = {"text_length": model.text_length, "text_dim": model.text_dim}
+    expected: dict[str, tuple[str, Any]] = {
+        "text_length": ("model.text_length", model.text_length), "text_dim": ("model.text_dim", model.text_dim),
+    }  # fmt: skip
     if vae is not None:
-        expected |= {"scaling_factor": vae.config.scaling_factor, "vae": weights_digest(vae)}
-    for key, value in expected.items():
+        expected |= {
+            "scaling_factor": (f"frozen.vae {frozen.vae}", vae.config.scaling_factor),
+            "vae": (f"frozen.vae {frozen.vae}", weights_digest(vae)),
+            "semantics": ("frozen.vae_semantics", frozen.vae_semantics),
+            "tiling": ("frozen.vae_tiling", shown_tiling(tiling_of(vae, frozen.vae_tiling))),
+        }
+    for key, (of, value) in expected.items():
         found = stored(records, key, shards=shards)
         if found != value:
-            of = f"model.{key}" if key in ("text_length", "text_dim") else f"frozen.vae {config.frozen.vae}"
             raise ConfigError(
                 f"the latents of {shards} were made with {key} {found}, but {of} has {value}; encode them again"
+                + (f", or change {of}" if key in ("semantics", "tiling") else "")
             )
     return float(scale)
+
+
+def shown_tiling(tiling: Tiling | None) -> str:
+    """As latents carry it in their origin."""
+    if tiling is None:
+        return "none"
+    return f"{tiling.size[0]}x{tiling.size[1]} overlapping {tiling.overlap[0]}x{tiling.overlap[1]}"
 
 
 def stored(records: list[Record], key: str, *, shards: str) -> Any:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 
@@ -42,6 +42,58 @@ def read_place() -> Place:
     # torchrun and deepspeed have each their word for the ranks of a node.
     node = next((_integer(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ), 1)
     return Place(rank, world, local_rank, f"{os.environ['MASTER_ADDR']}:{port}", node)
+
+
+class Worker(NamedTuple):
+    """One of ``workers`` processes that divide work among themselves without talking to each other."""
+
+    number: int = 0
+    workers: int = 1
+
+
+ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP")
+
+
+def read_worker(task: int | None, tasks: int | None) -> Worker:
+    """This process among the ranks of all tasks: a task is given by ``task`` of ``tasks`` or by a Slurm array, its ranks by a
+    launcher. Raises ``ConfigError`` where these contradict each other."""
+    if (task is None) != (tasks is None):
+        raise ConfigError("--task and --tasks belong together, such as --task 0 --tasks 8")
+    if tasks is not None and task is not None and not 0 <= task < tasks:
+        raise ConfigError(f"--task {task} is not in 0 to {tasks - 1}, as --tasks {tasks} means")
+    given, array = None if task is None or tasks is None else Worker(task, tasks), _array_task()
+    if given and array and given != array:
+        raise ConfigError(
+            f"--task {given.number} --tasks {given.workers} contradicts the Slurm array, in which this is task "
+            f"{array.number} of {array.workers} (counted from 0); leave --task and --tasks out"
+        )
+    own, place = given or array or Worker(), read_place()
+    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and _integer("SLURM_STEP_NUM_TASKS") > 1:
+        raise ConfigError(
+            f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} processes that would all do the same; use an array, or start "
+            "torchrun with --ntasks-per-node=1"
+        )
+    return Worker(own.number * place.world + place.rank, own.workers * place.world)
+
+
+def _array_task() -> Worker | None:
+    """This task of a Slurm array, counted from 0 whatever the array's first number and step."""
+    given = [name for name in ARRAY if name in os.environ]
+    if "SLURM_ARRAY_TASK_ID" not in given:
+        return None
+    if len(given) < len(ARRAY):
+        missing = ", ".join(name for name in ARRAY if name not in given)
+        raise ConfigError(
+            f"the environment sets SLURM_ARRAY_TASK_ID but not {missing}; give --task and --tasks instead"
+        )
+    number, count, first, step = map(_integer, ARRAY)
+    last = _integer("SLURM_ARRAY_TASK_MAX") if "SLURM_ARRAY_TASK_MAX" in os.environ else first + (count - 1) * step
+    if step < 1 or (last - first) // step + 1 != count or number not in range(first, last + 1, step):
+        raise ConfigError(
+            f"task {number} of a Slurm array of {count} tasks from {first} to {last} in steps of {step}: the numbers must be "
+            "evenly spaced, such as --array=0-7 or --array=1-15:2"
+        )
+    return Worker((number - first) // step, count)
 
 
 def _integer(name: str) -> int:

@@ -62,7 +62,10 @@ def _trained(path: Path, weights: Weights, *, device: torch.device) -> Pipeline:
     vae = load_vae(config.frozen.vae, device)
     text = load_text(config.frozen.text, model.config, device=device)
     schedule = Schedule(ScheduleConfig(snr_shift=config.diffusion.snr_shift))
-    sampler = Sampler(model.to(device).eval(), vae, schedule, vae.config.scaling_factor, config.frozen.vae_semantics)
+    sampler = Sampler(
+        model.to(device).eval(), vae, schedule, vae.config.scaling_factor, config.frozen.vae_semantics,
+        config.frozen.vae_tiling,
+    )  # fmt: skip
     return Pipeline(sampler, text, Path(config.frozen.text), step)
 
 

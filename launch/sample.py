@@ -38,6 +38,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, nargs=3, metavar=("FRAMES", "HEIGHT", "WIDTH"))
     parser.add_argument("--fps", type=float)
     parser.add_argument("--seed", type=int, help="of the first prompt; the next ones count up")
+    parser.add_argument(
+        "--vae-tiling", action=argparse.BooleanOptionalAction,
+        help="decode in overlapping tiles, for less memory; left out, as the run's frozen.vae_tiling says",
+    )  # fmt: skip
     return parser.parse_args()
 
 
@@ -46,6 +50,9 @@ def main() -> None:
     prompts = read_prompts(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = open_pipeline(options.checkpoint, options.weights, device=device)
+    sampler = pipeline.sampler
+    if options.vae_tiling is not None:
+        sampler = replace(sampler, vae_tiling=options.vae_tiling)
     settings = sampling_settings(options, pipeline)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -53,9 +60,7 @@ def main() -> None:
     for index, (prompt, text) in enumerate(zip(prompts, pipeline.text.encode(prompts))):
         begun = time.monotonic()
         with tqdm(total=settings.steps, desc=f"prompt {index + 1} of {len(prompts)}", unit="step") as bar:
-            video = pipeline.sampler.video(
-                text, settings, seed=settings.seed + index, preview=lambda _step, _x0: bar.update()
-            )
+            video = sampler.video(text, settings, seed=settings.seed + index, preview=lambda _step, _x0: bar.update())
         frames = to_uint8(video)
         path = out / f"prompt-{index:02d}.mp4"
         write_mp4(path, frames, settings.fps)

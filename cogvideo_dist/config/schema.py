@@ -123,6 +123,8 @@ class Data:
     """What is read and how it is packed.
 
     ``sizes`` lists the legal (frames, height, width); a clip takes the largest that needs no upscaling and fits its shape best.
+    Where ``other_fps`` are given, a training clip is read at ``fps`` or at one of those, all higher, that its source reaches,
+    drawn for each visit; held-out clips stay at ``fps``.
     """
 
     shards: str
@@ -135,12 +137,17 @@ class Data:
     workers: int = 1
     max_bad_share: float = 0.01
     crop: Literal["random", "center"] = "random"
+    other_fps: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         positive("data", fps=self.fps, tokens_per_pack=self.tokens_per_pack, packs_per_step=self.packs_per_step)
         share("data", max_bad_share=self.max_bad_share)
         if self.held_out < 0 or self.workers < 0:
             raise ValueError(f"data.held_out and data.workers must be >= 0, found {self.held_out} and {self.workers}")
+        if any(rate <= self.fps for rate in self.other_fps):
+            raise ValueError(
+                f"data.other_fps {list(self.other_fps)} must be above data.fps {self.fps:g}, at which clips must be long enough"
+            )
         if not self.sizes:
             raise ValueError("data.sizes must list at least one [frames, height, width]")
         for size in self.sizes:
@@ -316,14 +323,15 @@ class VAEModel:
 @dataclass(frozen=True)
 class PerceptualLoss:
     """LPIPS, averaged over frames. ``weights``: a file of torchvision's classifier ``net`` (vgg is VGG16), .safetensors or
-    .pth; ``random``: an untrained one, which is for trying things out."""
+    .pth; ``random``: an untrained one, which is for trying things out. With ``weight`` 0 it measures held-out clips alone."""
 
     weights: str
     net: Literal["vgg", "alex", "squeeze"] = "vgg"
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        positive("loss.perceptual", weight=self.weight)
+        if self.weight < 0:
+            raise ValueError(f"loss.perceptual.weight must be >= 0, found {self.weight}")
         if not self.weights.strip():
             raise ValueError("loss.perceptual.weights must name a file of torchvision's classifier, or be random")
 

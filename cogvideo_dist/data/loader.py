@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cogvideo_dist.config.schema import SPATIAL, TEMPORAL, Data
@@ -23,6 +24,9 @@ from cogvideo_dist.rng import fold
 TIMEOUT = 120
 """Seconds after which a worker that delivers nothing is given up, and the run with it."""
 
+RATE_SLACK = 0.01
+"""Of a source's frame rate: 23.976 frames per second pass for 24."""
+
 Read = tuple[tuple[Sample, ...], tuple[Defect, ...]]
 
 
@@ -34,18 +38,31 @@ def read_sample(reader: ShardReader, record: Record, *, slot: Slot, seed: int, f
     try:
         if record.kind == "latent":
             return _latent_sample(reader, record, slot)
-        caption = caption_of(reader.read(record, "txt"))
-        data = reader.read(record, next((ext for ext in record.members if KINDS.get(ext) == record.kind), record.kind))
-        generator = fold(seed, "crop", slot.epoch, slot.index)
-        frames, *size = slot.size
-        area = (size[0], size[1])
-        if record.kind == "image":
-            pixels = decode_image(data, size=area, generator=generator, crop=crop)
-        else:
-            pixels = decode_video(data, fps=fps, frames=frames, size=area, generator=generator, crop=crop)
+        caption = read_caption(reader, record)
+        pixels = read_pixels(reader, record, slot=slot, seed=seed, fps=fps, crop=crop)
         return Sample(slot, record.key, record.source, caption, pixels=pixels)
     except (DecodeError, SafetensorError) as error:
         raise DataError(record.key, record.source, str(error)) from None
+
+
+def read_caption(reader: ShardReader, record: Record) -> str:
+    """Raises ``DecodeError`` for bytes that are no caption, ``DataError`` for bytes that are damaged."""
+    return caption_of(reader.read(record, "txt"))
+
+
+def media_extension(record: Record) -> str:
+    """Which of the members is the video or image."""
+    return next((ext for ext in record.members if KINDS.get(ext) == record.kind), record.kind)
+
+
+def read_pixels(reader: ShardReader, record: Record, *, slot: Slot, seed: int, fps: float, crop: Crop) -> Tensor:
+    """The clip's pixels at the slot's size, uint8 [T, H, W, 3]; errors as in ``read_caption``."""
+    data = reader.read(record, media_extension(record))
+    generator = fold(seed, "crop", slot.epoch, slot.index)
+    frames, height, width = slot.size
+    if record.kind == "image":
+        return decode_image(data, size=(height, width), generator=generator, crop=crop)
+    return decode_video(data, fps=fps, frames=frames, size=(height, width), generator=generator, crop=crop)
 
 
 def _latent_sample(reader: ShardReader, record: Record, slot: Slot) -> Sample:
@@ -81,7 +98,8 @@ class _Packs(Dataset[Read]):
         for index in (slot.index, *self.plan.substitutes(slot)):
             record = self.plan.records[index]
             try:
-                sample = read_sample(self.reader, record, slot=slot, seed=self.plan.seed, fps=self.data.fps, crop=crop)
+                fps = frame_rate(record, slot, data=self.data, seed=self.plan.seed)
+                sample = read_sample(self.reader, record, slot=slot, seed=self.plan.seed, fps=fps, crop=crop)
             except DataError as error:
                 failed.append(error)
             else:
@@ -89,6 +107,14 @@ class _Packs(Dataset[Read]):
         raise ValueError(
             f"none of the {len(failed)} clips of size {list(slot.size)} can be read; the first: {failed[0]}"
         )
+
+
+def frame_rate(record: Record, slot: Slot, *, data: Data, seed: int) -> float:
+    """Frames per second at which a slot's clip is read (``Data.other_fps``)."""
+    rates = [data.fps, *(rate for rate in data.other_fps if rate <= record.fps * (1 + RATE_SLACK))]
+    if slot.epoch == HELD_OUT or len(rates) == 1:
+        return data.fps
+    return rates[int(torch.randint(len(rates), (), generator=fold(seed, "fps", slot.epoch, slot.index)))]
 
 
 def check_ranks(packs_per_step: int, dp_size: int) -> None:

@@ -15,6 +15,7 @@ from cogvideo_dist.diffusion.schedule import Schedule
 from cogvideo_dist.models.dit import DiT
 from cogvideo_dist.models.vae import VAE, Semantics
 from cogvideo_dist.rng import fold
+from cogvideo_dist.tasks.pixels import tiling_of
 
 Preview = Callable[[int, Tensor], None]
 
@@ -40,6 +41,7 @@ class Sampler:
     schedule: Schedule
     latent_scale: float
     vae_semantics: Semantics
+    vae_tiling: bool = False
 
     def initial_noise(self, settings: Sampling, seed: int) -> Tensor:
         """[T, C, H, W] float32 on the CPU."""
@@ -75,7 +77,8 @@ class Sampler:
         """Latents [T, C, H, W] -> video [3, T, H, W] in about [-1, 1]."""
         weight = next(self.vae.parameters())
         z = (latents / self.latent_scale).to(weight.device, weight.dtype).transpose(0, 1)[None]
-        return self.vae.decode(z, semantics=self.vae_semantics)[0].float()
+        tiling = tiling_of(self.vae, self.vae_tiling)
+        return self.vae.decode(z, semantics=self.vae_semantics, tiling=tiling)[0].float()
 
     def video(self, text: Tensor, settings: Sampling, *, seed: int, preview: Preview | None = None) -> Tensor:
         """Text features [L, dim] -> video [3, T, H, W], a function of the seed alone."""

@@ -24,7 +24,7 @@ from cogvideo_dist.pack.shard import SequenceShard
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.protocols import Batch, Defect, Learner, Loss, Picture, Sample
 from cogvideo_dist.rng import fold
-from cogvideo_dist.tasks.pixels import to_video
+from cogvideo_dist.tasks.pixels import encode_pixels, stacked
 from cogvideo_dist.tasks.sampling import Sampler, padded_front
 
 HELD_OUT_SEED = 0
@@ -47,6 +47,7 @@ class FrozenModels:
     vae: VAE | None = None
     vae_semantics: Semantics = "whole"
     text: TextEncoder | None = None
+    vae_tiling: bool = False
 
 
 class VideoTask:
@@ -104,8 +105,9 @@ class VideoTask:
             raise ValueError("sampling prompts needs frozen.vae and frozen.text in the configuration")
         settings = self.validation.sampling
         sampler = Sampler(
-            self.model, self.frozen.vae, self.schedule, self.frozen.latent_scale, self.frozen.vae_semantics
-        )
+            self.model, self.frozen.vae, self.schedule, self.frozen.latent_scale, self.frozen.vae_semantics,
+            self.frozen.vae_tiling,
+        )  # fmt: skip
         texts = self.frozen.text.encode(self.validation.prompts)
         return [
             Picture(
@@ -158,8 +160,9 @@ class VideoTask:
             raise ValueError(
                 f"sample {samples[0].key} holds no latents and the configuration has no frozen.vae to make them"
             )
-        video = to_video(samples, next(self.frozen.vae.parameters()))
-        together = self.frozen.vae.encode(video, semantics=self.frozen.vae_semantics)
+        together = encode_pixels(
+            self.frozen.vae, stacked(samples), semantics=self.frozen.vae_semantics, tiling=self.frozen.vae_tiling
+        )
         return [Posterior(mean, logvar) for mean, logvar in zip(together.mean.split(1), together.logvar.split(1))]
 
     def _text(self, samples: tuple[Sample, ...], *, dropout: bool) -> Tensor:

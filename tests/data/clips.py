@@ -14,7 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from cogvideo_dist.config.schema import Data, Size
-from cogvideo_dist.data.shards import ShardReader, find_sources, take_in, write_shards
+from cogvideo_dist.data.shards import ShardReader
+from cogvideo_dist.data.sources import find_sources, take_in
+from cogvideo_dist.data.writing import write_shards
 from cogvideo_dist.pack.layout import Clip
 
 STEP = 6

@@ -17,7 +17,8 @@ from safetensors.torch import save
 from cogvideo_dist.data import loader as loader_module
 from cogvideo_dist.data.loader import Loader
 from cogvideo_dist.data.plan import HELD_OUT, Plan
-from cogvideo_dist.data.shards import ShardReader, write_shards
+from cogvideo_dist.data.shards import ShardReader
+from cogvideo_dist.data.writing import write_shards
 from cogvideo_dist.protocols import Batch, Sample
 from tests.data.clips import geometry, indices, make_clip, make_image, make_shards, settings
 
@@ -112,6 +113,22 @@ def test_a_clip_is_cut_anew_in_every_epoch(reader: ShardReader) -> None:
         for _, key, _, pixels in content(batch):
             seen.setdefault(str(key), set()).add(pixels)
     assert max(len(cuts) for cuts in seen.values()) > 1
+
+
+def test_clips_are_read_at_every_rate_that_their_source_reaches(reader: ShardReader) -> None:
+    """Frames of the clips are numbered, so their distance tells the rate."""
+    seen: dict[tuple[bool, float], set[int]] = {}
+    for batch in steps(make(reader, other_fps=(12.0, 16.0)), 0, 12):
+        for sample in batch.samples:
+            record = reader.records[sample.slot.index]
+            if record.kind == "video" and sample.pixels is not None:
+                found = indices(sample.pixels)
+                seen.setdefault((record.source.startswith("videos/short"), record.fps), set()).add(found[2] - found[0])
+    assert seen == {(False, 16.0): {2, 3, 4}, (True, 12.0): {2, 3}}
+    held_out = make(reader, held_out=7, other_fps=(12.0, 16.0)).held_out_batches()
+    for sample in (sample for batch in held_out for sample in batch.samples if sample.slot.size[0] > 1):
+        assert sample.pixels is not None
+        assert indices(sample.pixels)[2] == {16.0: 4, 12.0: 3}[reader.records[sample.slot.index].fps]
 
 
 def test_a_world_size_that_does_not_divide_is_refused(reader: ShardReader) -> None:

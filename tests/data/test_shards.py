@@ -10,7 +10,8 @@ import torch
 import webdataset
 from safetensors.torch import save
 
-from cogvideo_dist.data.shards import DataError, Record, ShardReader, read_index, write_shards
+from cogvideo_dist.data.shards import DataError, Record, ShardReader, read_index
+from cogvideo_dist.data.writing import write_shards
 from cogvideo_dist.protocols import Defect
 from tests.data.clips import make_clip, make_image, make_shards
 
