@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from bench import correctness, rates, training
+from bench import correctness, gpu_vae, rates, training
 from bench.measure import Setting
 from bench.peers import diffusers_installed
 from bench.record import FOLDER, Report, Row, append, environment, table
@@ -66,7 +66,7 @@ def measurements(setting: Setting) -> list[Measurement]:
         Measurement("block", 30, rates.block),
         Measurement("fine-tune-5b", 90 if diffusers_installed() else 50, training.fine_tune_5b),
         Measurement("fine-tune-2b", 50 if diffusers_installed() else 25, training.fine_tune_2b),
-        Measurement("vae", 60 if diffusers_installed() else 30, training.vae),
+        *(Measurement(*each) for each in gpu_vae.measured(setting)),
     ]
 
 

@@ -1,4 +1,4 @@
-"""A1 to A5: whole training steps of the released transformers on one GPU, and what they hold; B1, B2: the VAE there.
+"""A1 to A5: whole training steps of the released transformers on one GPU, and what they hold.
 
 A step is forward, backward and optimizer on one 480x720x49 clip: weights and gradients in bfloat16; AdamW on float32 copies
 of the weights with both moments, so 16 bytes a parameter in all, 4 of which are weights and gradients.
@@ -10,18 +10,16 @@ import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bench.measure import Setting, milliseconds, peak_memory, synchronize
+from bench.measure import Setting, peak_memory, synchronize
 from bench.peers import Predict, diffusers_installed, diffusers_transformer, predict_with_diffusers, set_checkpointing
 from bench.rates import square_product_rate
 from bench.record import Row, faster, smaller
 from cogvideo_dist.models.dit import DiT, Recompute
 from cogvideo_dist.models.presets import PRESETS, DiTConfig
-from cogvideo_dist.models.vae import VAE, VAEConfig
 from cogvideo_dist.pack.layout import Clip
 
 PEAK_TFLOPS = 989.0
@@ -193,35 +191,3 @@ def fine_tune_2b(setting: Setting) -> list[Row]:
         Row("A2", f"2B step: of {PEAK_TFLOPS:g} TFLOP/s", "%", 100 * rate / PEAK_TFLOPS),
         smaller("A3", what, unit="GB", ours=ours.peak_bytes / 1e9, peer=above, at_most=0.5),
     ]
-
-
-@torch.no_grad()
-def vae(setting: Setting) -> list[Row]:
-    """B1, B2: a 49-frame 480x720 clip, in the released models' chunks."""
-    config = VAEConfig(block_out_channels=(8, 8, 16, 16), norm_groups=4) if setting.toy else VAEConfig()
-    size = (9, 16, 16) if setting.toy else (49, 480, 720)
-    inputs = {"encode": setting.randn(1, 3, *size), "decode": setting.randn(1, *config.latent_shape(size))}
-    with torch.device(setting.device):
-        ours = VAE(config).to(setting.dtype)
-        theirs = _vae_of_diffusers(config).to(setting.dtype) if diffusers_installed() else None
-    rows = []
-    for id, part, goal in (("B1", "encode", 1.4), ("B2", "decode", 1.8)):
-        run = partial(getattr(ours, part), inputs[part], "chunked")
-        with peak_memory(setting.device) as peak:
-            run()
-        seconds = milliseconds(run, setting.device) / 1e3
-        peer = (
-            None if theirs is None else milliseconds(partial(getattr(theirs, part), inputs[part]), setting.device) / 1e3
-        )
-        rows.append(faster(id, f"VAE {part}, {'x'.join(map(str, size))}", ours=seconds, peer=peer, at_least=goal))
-        rows.append(Row(id, f"VAE {part}, peak above weights and input", "GB", peak["bytes"] / 1e9))
-    return rows
-
-
-def _vae_of_diffusers(config: VAEConfig) -> nn.Module:
-    """With random weights: what they are does not change the cost."""
-    from diffusers import AutoencoderKLCogVideoX
-
-    from cogvideo_dist.convert.vae_config import config_to_diffusers
-
-    return AutoencoderKLCogVideoX.from_config(config_to_diffusers(config)).eval()

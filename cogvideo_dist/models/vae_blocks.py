@@ -8,6 +8,7 @@ Legend: B batch, C channels, G groups, T H W frames, height, width; t h w the sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from cogvideo_dist.parallel.frames import TimeContext
+from cogvideo_dist.parallel.frames import Line, TimeContext
 
 LAYOUT = torch.channels_last_3d
 PAST = 2  # frames that a causal convolution of three frames looks back
@@ -42,7 +43,57 @@ class CausalConv3d(nn.Conv3d):
 
 def with_past(x: Tensor, time: TimeContext, *, conv: CausalConv3d) -> Tensor:
     """``x`` [B, C, T, H, W] with the PAST frames that ``conv`` sees left of it, in this module's memory layout."""
-    return torch.cat([time.left(conv, x, width=PAST), x], dim=2).contiguous(memory_format=LAYOUT)
+    return time.recall(conv, WithPast.apply(x, time.first, time.line), width=PAST)
+
+
+class WithPast(torch.autograd.Function):
+    """x [B, C, T, H, W] -> [B, C, PAST+T, H, W]: on its left frame 0 repeated, or what the piece before lends."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, first: bool, line: Line) -> Tensor:
+        ctx.first, ctx.line = first, line
+        padded = room_for(x)
+        coming = line.lend(x[:, :, -PAST:], first=x[:, :, :1].expand(-1, -1, PAST, -1, -1))
+        padded[:, :, PAST:] = x  # while the past is on its way
+        if first or line.shared:  # otherwise it is of an earlier time, for ``recall`` to write
+            padded[:, :, :PAST] = coming.wait()
+        return padded
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return WithoutPast.apply(grad, ctx.first, ctx.line), None, None
+
+
+class WithoutPast(torch.autograd.Function):
+    """The adjoint of ``WithPast``, and it the adjoint of this: gradients of gradients cross ranks too."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, first: bool, line: Line) -> Tensor:
+        ctx.first, ctx.line = first, line
+        coming = line.give_back(grad[:, :, :PAST])
+        own = grad[:, :, PAST:].clone()
+        if first:
+            own[:, :, :1] += repeated(grad)
+        lent = coming.wait()
+        if line.lends:
+            own[:, :, -PAST:] += lent
+        return own
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return WithPast.apply(grad, ctx.first, ctx.line), None, None
+
+
+def room_for(x: Tensor) -> Tensor:
+    """An empty [B, C, PAST+T, H, W] for x [B, C, T, H, W] and its past."""
+    batch, channels, frames, height, width = x.shape
+    shape = (batch, channels, PAST + frames, height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAYOUT)
+
+
+def repeated(grad: Tensor) -> Tensor:
+    """The gradient [B, C, 1, H, W] that frame 0 has from being its own past, of one [B, C, PAST+T, H, W]."""
+    return grad[:, :, :PAST].sum(2, keepdim=True)
 
 
 class Moments(torch.autograd.Function):
@@ -74,50 +125,73 @@ def per_channel(groups: Tensor, x: Tensor) -> Tensor:
 
 
 class ModulateSiLU(torch.autograd.Function):
-    """silu(x * scale + shift) -> [B, C, PAST+T, H, W], whose first PAST frames are left for the caller to write.
+    """silu(x * scale + shift) with the past on its left (``WithPast``) -> [B, C, PAST+T, H, W].
 
     ``scale`` and ``shift`` [B, C, t, h, w] are nearest-upsampled to x [B, C, T, H, W] on the fly. Backward recomputes the
-    product from x, so that neither it nor an upsampled scale is ever kept.
+    product from x, so that neither it nor an upsampled scale is ever kept. The frames that are lent are made first, and their
+    gradient is used last: they travel while the others are worked on.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, first: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, first: bool, line: Line) -> Tensor:
         ctx.save_for_backward(x, scale, shift)
-        ctx.first = first
-        batch, channels, frames, height, width = x.shape
-        shape = (batch, channels, PAST + frames, height, width)
-        padded = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAYOUT)
+        ctx.first, ctx.line = first, line
+        padded = room_for(x)
         out = padded[:, :, PAST:]
-        for frame, cell in matching_frames(scale, first):
+
+        def make(frame: slice, cell: slice) -> None:
             gain, offset = (broadcast(cells[:, :, cell], x) for cells in (scale, shift))
             torch.addcmul(offset, tile(x[:, :, frame], gain), gain, out=tile(out[:, :, frame], gain))
-        F.silu(out, inplace=True)
+            F.silu(out[:, :, frame], inplace=True)
+
+        *kept, lent = matching_frames(x, scale, first=first, lent=PAST * line.shared)
+        make(*lent)
+        coming = line.lend(padded[:, :, -PAST:], first=out[:, :, :1].expand(-1, -1, PAST, -1, -1))
+        for run in kept:
+            make(*run)
+        if first or line.shared:  # otherwise it is of an earlier time, for ``recall`` to write
+            padded[:, :, :PAST] = coming.wait()
         return padded
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, scale, shift = ctx.saved_tensors
-        grad_x, grad_scale, grad_shift = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(shift)
-        for frame, cell in matching_frames(scale, ctx.first):
+        coming = ctx.line.give_back(grad[:, :, :PAST])
+        grad_x, grad_scale, grad_shift = torch.empty_like(x), torch.zeros_like(scale), torch.zeros_like(shift)
+        for frame, cell in matching_frames(x, scale, first=ctx.first, lent=PAST * ctx.line.shared):
+            own = grad[:, :, PAST:][:, :, frame]
+            if ctx.first and frame.start == 0:
+                own = own.clone()
+                own[:, :, :1] += repeated(grad)
+            if frame.stop == x.shape[2]:
+                given_back = coming.wait()
+                if ctx.line.lends:
+                    own = own.clone()
+                    own[:, :, -PAST:] += given_back
             gain, offset = (broadcast(cells[:, :, cell], x) for cells in (scale, shift))
             tiles = tile(x[:, :, frame], gain)
-            slope = torch.ops.aten.silu_backward(
-                tile(grad[:, :, PAST:][:, :, frame], gain), torch.addcmul(offset, tiles, gain)
-            )
+            slope = torch.ops.aten.silu_backward(tile(own, gain), torch.addcmul(offset, tiles, gain))
             torch.mul(slope, gain, out=tile(grad_x[:, :, frame], gain))
-            grad_shift[:, :, cell] = slope.sum((3, 5, 7), dtype=shift.dtype)
-            grad_scale[:, :, cell] = slope.mul_(tiles).sum((3, 5, 7), dtype=scale.dtype)
-        return grad_x, grad_scale, grad_shift, None
+            grad_shift[:, :, cell] += slope.sum((3, 5, 7), dtype=shift.dtype)
+            grad_scale[:, :, cell] += slope.mul_(tiles).sum((3, 5, 7), dtype=scale.dtype)
+        return grad_x, grad_scale, grad_shift, None, None
 
 
-def matching_frames(cells: Tensor, first: bool) -> Iterator[tuple[slice, slice]]:
-    """Frames and the ``cells`` [B, C, t, h, w] that cover them; frame 0 of a clip has a cell of its own."""
-    if first and cells.shape[2] > 1:
-        yield slice(0, 1), slice(0, 1)
-        yield slice(1, None), slice(1, None)
-    else:
-        yield slice(None), slice(None)
+def matching_frames(x: Tensor, cells: Tensor, *, first: bool, lent: int) -> list[tuple[slice, slice]]:
+    """Runs of frames of x [B, C, T, H, W] and the ``cells`` [B, C, t, h, w] that cover them, from left to right.
+
+    Frame 0 of a clip has a cell of its own, and the last run is no longer than ``lent`` frames and their cells are.
+    """
+    frames, count = x.shape[2], cells.shape[2]
+    head = int(first and count > 1)
+    each = (frames - head) // (count - head) if count > 1 else 1
+    last = max(0, frames - math.ceil(lent / each) * each) if lent else int(first and frames > 1)
+    starts = sorted({0, min(int(first), last), last})
+    runs = [slice(start, stop) for start, stop in zip(starts, [*starts[1:], frames])]
+    if count == 1:
+        return [(run, slice(None)) for run in runs]
+    return [(run, slice(*(head + (end - head) // each for end in (run.start, run.stop)))) for run in runs]
 
 
 def broadcast(cells: Tensor, x: Tensor) -> Tensor:
@@ -155,10 +229,7 @@ class NormSiLU(nn.Module):
         if self.scale is not None and self.shift is not None:
             gain = self.scale(latents)
             scale, shift = scale * gain, shift * gain + self.shift(latents)
-        out = ModulateSiLU.apply(x, scale, shift, time.first)
-        # Written in place, here where the buffer was made: joining the past on later would copy the whole activation.
-        out[:, :, :PAST] = time.left(self, out[:, :, PAST:], width=PAST)
-        return out
+        return time.recall(self, ModulateSiLU.apply(x, scale, shift, time.first, time.line), width=PAST)
 
 
 class ResBlock(nn.Module):

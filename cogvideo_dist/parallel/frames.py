@@ -15,7 +15,31 @@ import torch
 from torch import Tensor, nn
 
 from cogvideo_dist.parallel.mesh import Axis
-from cogvideo_dist.parallel.ops import even, everyone, left_of
+from cogvideo_dist.parallel.ops import Pending, even, everyone, given_back, left_of
+
+
+class Line:
+    """The pieces of a clip that are in hand at the same time, in order, on the ranks of an axis.
+
+    What passes between neighbours is on its way while its sender works on. These are halves of autograd functions: forward
+    frames go right, backward their gradients go left.
+    """
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+        self.shared = axis.size > 1
+        self.lends = axis.rank < axis.size - 1
+
+    def lend(self, tail: Tensor, *, first: Tensor) -> Pending:
+        """The frames left of this piece: the last ones, ``tail``, of the piece before; ``first`` where there is none."""
+        return left_of(first, tail, self.axis)
+
+    def give_back(self, grad: Tensor) -> Pending:
+        """The gradient of what this piece lent (zero if it ``lends`` nothing), for that of what it borrowed."""
+        return given_back(grad, self.axis)
+
+
+ALONE = Line(Axis("cp"))
 
 
 class TimeContext(Protocol):
@@ -23,12 +47,16 @@ class TimeContext(Protocol):
 
     @property
     def first(self) -> bool:
-        """Whether this piece holds frame 0 of the clip."""
+        """Whether this piece holds frame 0 of the clip, left of which it lies repeated."""
 
-    def left(self, asker: nn.Module, x: Tensor, *, width: int) -> Tensor:
-        """The ``width`` frames [B, C, width, H, W] left of ``x`` [B, C, T, H, W]; differentiable.
+    @property
+    def line(self) -> Line:
+        """The pieces beside this one."""
 
-        ``asker`` is the module that convolves ``x`` or makes it for a convolution; each asks once per piece.
+    def recall(self, asker: nn.Module, padded: Tensor, *, width: int) -> Tensor:
+        """``padded`` [B, C, width+T, H, W] with the past from an earlier piece on its left, if there is one; differentiable.
+
+        ``asker`` is the module that convolves it or makes it for a convolution; each asks once per piece.
         """
 
     def moments(self, mean: Tensor, m2: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
@@ -40,12 +68,13 @@ class TimeContext(Protocol):
 
 
 class Whole:
-    """The whole clip is here: left of frame 0 lies frame 0, repeated."""
+    """The whole clip is here."""
 
     first = True
+    line = ALONE
 
-    def left(self, asker: nn.Module, x: Tensor, *, width: int) -> Tensor:
-        return _repeat_first(x, width)
+    def recall(self, asker: nn.Module, padded: Tensor, *, width: int) -> Tensor:
+        return padded
 
     def moments(self, mean: Tensor, m2: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
         return mean, m2 / count
@@ -59,16 +88,18 @@ class Stream:
     Statistics are those of each chunk alone, as in the chunked mode of the released models.
     """
 
+    line = ALONE
+
     def __init__(self) -> None:
         self.first = True
         self._tails: dict[nn.Module, Tensor] = {}
 
-    def left(self, asker: nn.Module, x: Tensor, *, width: int) -> Tensor:
-        left = _repeat_first(x, width) if self.first else self._tails[asker]
+    def recall(self, asker: nn.Module, padded: Tensor, *, width: int) -> Tensor:
+        if not self.first:
+            padded[:, :, :width] = self._tails[asker]
         # A copy, because a view would keep the whole activation alive until the next chunk.
-        tail = torch.cat([left, x], dim=2) if x.shape[2] < width else x
-        self._tails[asker] = tail[:, :, -width:].clone()
-        return left
+        self._tails[asker] = padded[:, :, -width:].clone()
+        return padded
 
     def moments(self, mean: Tensor, m2: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
         return mean, m2 / count
@@ -87,10 +118,11 @@ class Shards:
 
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
+        self.line = Line(axis)
         self.first = axis.rank == 0
 
-    def left(self, asker: nn.Module, x: Tensor, *, width: int) -> Tensor:
-        return left_of(_repeat_first(x, width), x[:, :, -width:], self.axis)
+    def recall(self, asker: nn.Module, padded: Tensor, *, width: int) -> Tensor:
+        return padded
 
     def moments(self, mean: Tensor, m2: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
         """Chan, Golub, LeVeque 1983: counts weigh the means, and their spread joins the squared deviations."""
@@ -127,7 +159,3 @@ def frames_of(shares: tuple[int, ...], rank: int, *, compression: int) -> range:
     others stands for ``compression`` frames."""
     ends = [1 + compression * (latents - 1) for latents in accumulate(shares)]
     return range(ends[rank - 1] if rank else 0, ends[rank])
-
-
-def _repeat_first(x: Tensor, width: int) -> Tensor:
-    return x[:, :, :1].expand(-1, -1, width, -1, -1)

@@ -1,8 +1,8 @@
 """Collectives, each with its mathematics; all of them do nothing on an axis of size 1.
 
 Legend: x_r is what rank r of an axis of N ranks holds. Tensors are split along their first dimension into rows; ranks may
-hold different numbers of rows, ``counts``, which every rank knows. ``enter``, ``everyone`` and ``left_of`` are differentiable;
-the others are called by operations with a backward of their own, and each names the collective that is its adjoint.
+hold different numbers of rows, ``counts``, which every rank knows. ``enter`` and ``everyone`` are differentiable; the others
+are called by operations with a backward of their own, and each names the collective that is its adjoint.
 """
 
 from __future__ import annotations
@@ -180,53 +180,32 @@ def everyone(x: Tensor, axis: Axis) -> Tensor:
     return x[None] if axis.size == 1 else _Everyone.apply(x, axis)
 
 
-class _LeftOf(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, first: Tensor, tail: Tensor, axis: Axis) -> Tensor:
-        ctx.axis, ctx.tail = axis, tail.shape
-        taken = _pass_on(tail, axis, step=1, like=first)
-        return first.clone() if taken is None else taken
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_GiveBack.apply(grad, ctx.tail, ctx.axis), None
+def left_of(first: Tensor, tail: Tensor, axis: Axis) -> Pending:
+    """What lies left of a rank's piece: y_0 = first_0, y_r = tail_{r-1}; [B, C, ...] of one shape, the last tail apart, which
+    goes nowhere. Adjoint: dfirst_0 = dy_0, dtail = ``given_back(dy)``."""
+    return _pass_on(tail, axis, step=1, end=first)
 
 
-class _GiveBack(torch.autograd.Function):
-    """The adjoint of ``_LeftOf``, and it the adjoint of this: gradients of gradients cross ranks too."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, tail: torch.Size, axis: Axis) -> tuple[Tensor, Tensor]:
-        ctx.axis = axis
-        lent = _pass_on(grad, axis, step=-1, like=grad)
-        of_first = grad.clone() if axis.rank == 0 else torch.zeros_like(grad)
-        return of_first, grad.new_zeros(tail) if lent is None else lent
-
-    @staticmethod
-    def backward(ctx: Any, of_first: Tensor, lent: Tensor) -> tuple[Tensor, None, None]:
-        return _LeftOf.apply(of_first, lent, ctx.axis), None, None
+def given_back(x: Tensor, axis: Axis) -> Pending:
+    """y_r = x_{r+1}; what was lent to nobody, by the last rank, gets zero."""
+    return _pass_on(x, axis, step=-1, end=x.new_zeros(()).expand_as(x))
 
 
-def left_of(first: Tensor, tail: Tensor, axis: Axis) -> Tensor:
-    """What lies left of a rank's piece: y_0 = first_0, y_r = tail_{r-1}; of one shape, the last tail apart, which goes nowhere.
-
-    Backward: dfirst_0 = dy_0, dtail_r = dy_{r+1}; what was lent to nobody gets zero. Differentiable, any number of times.
-    """
-    return first if axis.size == 1 else _LeftOf.apply(first, tail, axis)
-
-
-def _pass_on(x: Tensor, axis: Axis, *, step: int, like: Tensor) -> Tensor | None:
-    """To the neighbour ``step`` away, and what the one on the other side passes; the ends of the line have one neighbour."""
-    x, taken = x.contiguous(), torch.empty_like(like, memory_format=torch.contiguous_format)
+def _pass_on(x: Tensor, axis: Axis, *, step: int, end: Tensor) -> Pending:
+    """To the neighbour ``step`` away, and what the one on the other side passes: ``end`` where there is none."""
+    if axis.size == 1:
+        return here(end)
+    # Channels travel last: so they lie in what convolutions make, and frames of a single clip need no copy.
+    x, taken = x.movedim(1, -1).contiguous(), x.new_empty(end.movedim(1, -1).shape)
     messages, following, before = [], axis.rank + step, axis.rank - step
     if 0 <= following < axis.size:
         messages.append(dist.P2POp(dist.isend, x, axis.ranks[following], axis.group))
         axis.ledger.add(axis.name, "left_of", sent=_bytes(x))
-    if 0 <= before < axis.size:
+    comes = 0 <= before < axis.size
+    if comes:
         messages.append(dist.P2POp(dist.irecv, taken, axis.ranks[before], axis.group))
-    for work in dist.batch_isend_irecv(messages):
-        work.wait()
-    return taken if 0 <= before < axis.size else None
+    works = dist.batch_isend_irecv(messages)
+    return Pending(works, lambda: taken.movedim(-1, 1) if comes else end, kept=(x,))
 
 
 def broadcast_object(value: Any, axis: Axis) -> Any:

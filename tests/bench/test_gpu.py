@@ -37,8 +37,20 @@ def test_every_measurement_runs_at_toy_size_and_runs_are_appended(
     assert run(monkeypatch, "--smoke", "--out", str(tmp_path), "--only", "head-norm") == 0
     first, second = json.loads((tmp_path / "gpu-smoke.json").read_text())
     ids = {row["id"] for row in first["rows"]}
-    assert ids == {f"rate {i}" for i in range(1, 6)} | {"back end", "gate", "A1", "A2", "A3", "A4", "A5", "B1", "B2"}
-    assert all(row["met"] for row in first["rows"] if row["id"] == "gate")
+    assert ids == {f"rate {i}" for i in range(1, 6)} | {
+        "back end",
+        "gate",
+        "A1",
+        "A2",
+        "A3",
+        "A4",
+        "A5",
+        "B1",
+        "B2",
+        "B3",
+        "VAE",
+    }
+    assert all(row["met"] for row in first["rows"] if row["id"] == "gate" or "relative difference" in row["what"])
     assert not first["notes"]
     assert {row["id"] for row in second["rows"]} == {"rate 2"}
     text = (tmp_path / "gpu-smoke.md").read_text()
@@ -76,3 +88,6 @@ def test_on_a_gpu_every_kernel_is_gated_and_every_backend_measured() -> None:
         assert {f"attention-{kind}-{length}" for kind in ("default", "cudnn", "flash")} <= names
     for name in ("cudnn", "flash", "varlen", "flex"):
         assert {f"gate-{name}", f"back-end-{name}-1x17776", f"back-end-{name}-2x45104"} <= names
+    for size in ("49x480x720", "81x768x1360"):
+        assert {f"vae-{size}", f"vae-tiled-{size}"} <= names
+    assert {"vae-slope", "vae-layouts", "vae-compile"} <= names

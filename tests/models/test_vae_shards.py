@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cogvideo_dist.models.vae import VAE, VAEConfig
+from cogvideo_dist.models.vae_blocks import CausalConv3d, NormSiLU
 from cogvideo_dist.parallel.frames import Shards, Whole, frames_of, latent_shares
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, build_mesh
 from cogvideo_dist.parallel.ops import gather_objects, reduce_sum
@@ -88,31 +89,66 @@ def test_every_frame_has_one_rank_and_too_many_ranks_are_refused() -> None:
                     latent_shares(latents, ranks)
 
 
-def traffic(mesh: ParallelMesh) -> dict[str, tuple[int, int]]:
+SERVED = {2: (9, 13, 17, 21, 29, 33, 49), 3: (17, 21, 29, 33, 49), 4: (29, 33, 49)}
+"""Ranks -> lengths that they split; the rest of the longest list is refused."""
+
+
+@pytest.mark.parametrize("ranks", SERVED)
+def test_only_clips_with_too_few_frames_to_lend_are_refused_and_before_any_work(ranks: int) -> None:
+    for frames in SERVED[2]:
+        latents = 1 + (frames - 1) // 4
+        if frames in SERVED[ranks]:
+            assert min(latent_shares(latents, ranks)[:-1]) >= 2
+        else:
+            most = (latents + 1) // 2
+            with pytest.raises(ValueError, match=f"{latents} latent frames do not split over {ranks} .* are {most}$"):
+                latent_shares(latents, ranks)
+            # No even or uneven cut would do: each rank but the last lends two frames, and none is empty.
+            assert 2 * (ranks - 1) + 1 > latents
+
+
+def traffic(mesh: ParallelMesh) -> list[dict[str, tuple[int, int]]]:
+    """What every rank sent in a step's forward and backward of 29 frames, by operation."""
     axis = build_mesh(Layout(ulysses=mesh.world.size, cp=mesh.world.size), rank=mesh.world.rank).cp
-    piece = frames_of(latent_shares(5, axis.size), axis.rank, compression=4)
-    video = drawn(1, 3, 17, 16, 24, seed=1)[:, :, piece.start : piece.stop]
-    model().encoder(video, Shards(axis))
-    everyone = gather_objects({op: tuple(sent) for (_, op), sent in axis.ledger.take().items()}, axis)
-    return everyone[0]
+    shares = latent_shares(8, axis.size)
+    piece = frames_of(shares, axis.rank, compression=4)
+    video = drawn(1, 3, 29, 16, 24, seed=1)[:, :, piece.start : piece.stop].requires_grad_()
+    out, posterior = model()(video, drawn(1, 2, shares[axis.rank], 2, 3, seed=2), time=Shards(axis))
+    (out.sum() + posterior.kl().sum()).backward()
+    return gather_objects({op: tuple(sent) for (_, op), sent in axis.ledger.take().items()}, axis)
 
 
-def test_an_encoder_sends_two_frames_a_convolution_and_a_few_numbers_a_norm() -> None:
-    found = run_ranks(traffic, 2)[0]
-    encoder = model().encoder
-    halo = norms = 0
-    height, width = 16, 24
-    for level in (*encoder.levels, encoder.mid):
-        for block in level.blocks:
-            for conv in (block.conv1, block.conv2):
-                halo += 2 * conv.in_channels * height * width * 8
-                norms += 1
-        if getattr(level, "resample", None) is not None:
-            height, width = height // 2, width // 2
-    halo += 2 * (3 * 16 * 24 + 8 * 2 * 3) * 8  # the first and the last convolution
-    norms += 1
-    assert found["left_of"] == (2 + 2 * sum(len(level.blocks) for level in (*encoder.levels, encoder.mid)), halo)
-    assert found["gather"] == (norms, norms * 3 * CONFIG.norm_groups * 8)
+def asked_of(vae: VAE) -> tuple[int, int, int]:
+    """Causal convolutions, the bytes of the two frames that all of them need, and norms, of one clip of 16 x 24."""
+    convs = [module for module in vae.modules() if isinstance(module, CausalConv3d)]
+    halo: list[int] = []
+    for conv in convs:
+        conv.register_forward_pre_hook(
+            lambda _, args: halo.append(2 * args[0][:, :, 0].numel() * args[0].element_size())
+        )
+    vae(drawn(1, 3, 9, 16, 24, seed=1), drawn(1, 2, 3, 2, 3, seed=2))
+    assert len(halo) == len(convs)
+    return len(convs), sum(halo), sum(isinstance(module, NormSiLU) for module in vae.modules())
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_two_frames_a_convolution_and_a_few_numbers_a_norm_are_sent_each_way(ranks: int) -> None:
+    convs, halo, norms = asked_of(model())
+    for rank, sent in enumerate(run_ranks(traffic, ranks)[0]):
+        lent = sent.pop("left_of")
+        # Frames go to the rank on the right, their gradients to the one on the left.
+        neighbours = (rank < ranks - 1) + (rank > 0)
+        assert lent == (neighbours * convs, neighbours * halo)
+        # Count, mean and squared deviations of every group, to all others; their gradients likewise.
+        assert sum(calls for calls, _ in sent.values()) == 2 * norms
+        assert sum(size for _, size in sent.values()) == 2 * norms * (ranks - 1) * 3 * CONFIG.norm_groups * 8
+
+
+def test_the_released_model_asks_for_frames_68_times() -> None:
+    with torch.device("meta"):
+        vae = VAE(VAEConfig())
+    counts = [sum(isinstance(m, CausalConv3d) for m in half.modules()) for half in (vae.encoder, vae.decoder)]
+    assert counts == [30, 38]
 
 
 def kept(mesh: ParallelMesh, frames: int) -> float:
