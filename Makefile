@@ -1,10 +1,10 @@
-# make demo | make test | make test-long | make lint | make bench | make bench-gpu
+# make demo | make demo-vae | make test | make test-long | make lint | make bench | make bench-gpu
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 RUNS := runs/demo
 
-.PHONY: setup demo test test-long lint bench bench-gpu clean
+.PHONY: setup demo demo-vae test test-long lint bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -17,6 +17,9 @@ $(STAMP): setup.py constraints.txt
 
 demo: setup
 	$(BIN)/python launch/demo.py --out $(RUNS)
+
+demo-vae: setup
+	$(BIN)/python launch/demo_vae.py --out $(RUNS)
 
 test: setup
 	$(BIN)/python -m pytest tests -q -m "not long"

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,14 +33,15 @@ def main() -> None:
     begun = time.monotonic()
     os.environ.update(HF_HUB_OFFLINE="1", DIFFUSERS_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error")
     paths = [f"data.shards={out / 'shards'}"]
-    prepare(out)
+    make_shards(out)
+    make_text(out)
     vae, dit = out / "vae", out / "dit"
     stage("train a tiny autoencoder on 2 ranks with ZeRO-2")
-    train("train_vae", "configs/demo/vae.yaml", overrides=[f"run.dir={vae}", *paths])
+    train("train_vae", ["configs/demo/vae.yaml"], overrides=[f"run.dir={vae}", *paths])
     python("launch/convert.py", "diffusers", vae, out / "vae-export")
     stage("train a tiny transformer on 2 ranks with ZeRO-2")
     encoders = [f"frozen.vae={out / 'vae-export'}", f"frozen.text={out / 'text'}"]
-    train("train_dit", "configs/demo/dit.yaml", overrides=[f"run.dir={dit}", *paths, *encoders])
+    train("train_dit", ["configs/demo/dit.yaml"], overrides=[f"run.dir={dit}", *paths, *encoders])
     stage("sample a prompt")
     prompt = first_caption(out)
     python("launch/sample.py", "--checkpoint", dit, "--prompt", prompt, "--out", out / "sample")
@@ -49,13 +51,16 @@ def main() -> None:
     report(out, difference=difference, seconds=time.monotonic() - begun)
 
 
-def prepare(out: Path) -> None:
-    """Clips, shards and the text encoder; what an earlier start finished is kept."""
+def make_shards(out: Path) -> None:
+    """Clips and shards; what an earlier start finished is kept."""
     stage("make 32 clips and images with captions, and pack them into shards")
     if not (out / "clips" / "labels").exists():
         python("data_tools/make_demo_clips.py", out / "clips")
     if not (out / "shards").exists():
         python("data_tools/make_shards.py", out / "clips", out / "shards")
+
+
+def make_text(out: Path) -> None:
     if not (out / "text").exists():
         python("data_tools/make_demo_text.py", out / "clips" / "labels", out / "text", "--length", "64")
 
@@ -68,10 +73,10 @@ def python(script: str, *arguments: str | Path) -> None:
     run([sys.executable, str(ROOT / script), *map(str, arguments)])
 
 
-def train(script: str, config: str, *, overrides: list[str]) -> None:
+def train(script: str, configs: Sequence[str], *, overrides: list[str]) -> None:
     launcher = str(Path(sys.executable).parent / "deepspeed")
     run([launcher, "--num_gpus", RANKS, "--master_port", free_port(), str(ROOT / "launch" / f"{script}.py"), "--config",
-         str(ROOT / config), *overrides])  # fmt: skip
+         *(str(ROOT / config) for config in configs), *overrides])  # fmt: skip
 
 
 def free_port() -> str:

@@ -104,11 +104,11 @@ class VAETask:
         counted = [sample.slot.size for sample in batch.samples] if self.cp.rank == 0 else []
         metrics = {"loss/reconstruction": (error.detach(), torch.tensor(sum(3 * prod(size) for size in counted)))}
         total = error / pixels_of(batch.plan)
-        if self.settings.perceptual is not None and self.perceptual is not None:
-            perceptual = self.perceptual
+        settings, perceptual = self.settings.perceptual, self.perceptual
+        if settings is not None and settings.weight and perceptual is not None:
             distance = torch.stack([item.weight * perceptual(item.seen, item.clip).sum() for item in made]).sum()
             frames = sum(slot.size[0] for pack in batch.plan.packs for slot in pack)
-            total = total + self.settings.perceptual.weight * distance / frames
+            total = total + settings.weight * distance / frames
             metrics["loss/perceptual"] = (distance.detach(), torch.tensor(sum(size[0] for size in counted)))
         return total, metrics
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
+from safetensors.torch import load_file
 
 from cogvideo_dist.config.load import ConfigError, load_config
 from cogvideo_dist.config.schema import VAERun
@@ -22,6 +23,7 @@ from cogvideo_dist.models.critic import Critic
 from cogvideo_dist.models.vae import VAE
 from cogvideo_dist.parallel.mesh import ParallelMesh, build_mesh
 from launch import convert, train_vae
+from launch.autoencoder import build_judges, build_vae
 from launch.compose import load_vae
 from tests.launch.world import World, outcome, read_log, steps_of
 from tests.ranks import run_ranks
@@ -200,6 +202,48 @@ def test_a_run_with_a_critic_is_that_of_one_process(
         for found, expected in zip(read_log(run), read_log(tmp_path / "one"), strict=True):
             for name in {*LOSSES, *AGAINST, "held_out/psnr", "held_out/lpips"} & expected.keys():
                 assert found[name] == pytest.approx(expected[name], rel=bound), (found["step"], name)
+
+
+def test_a_second_stage_starts_from_the_averaged_weights_and_the_critic_of_the_first(
+    file: Path, contest: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    changes = [f"run.dir={tmp_path}", f"model.weights={undisturbed}", f"loss.critic.weights={undisturbed}"]
+    config = load_config(VAERun, [file, contest], overrides=changes)
+    judges = build_judges(config.loss, seed=0, device=torch.device("cpu"))
+    saved, _ = newest(undisturbed / "ckpt")
+    assert saved is not None and judges.critic is not None
+    for model, kind in ((build_vae(config), "ema"), (judges.critic, "critic.weights")):
+        expected = load_file(saved / f"{kind}.safetensors")
+        assert model.state_dict().keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["model.channels=[4, 4, 8, 16]", "model.weights=RUN"], "has channels .4, 4, 8, 8., not .4, 4, 8, 16."),
+        (["model.weights=RUN/ckpt"], "is neither a run .config.yaml. nor a diffusers vae folder"),
+        (["model.weights=SHARDS"], "is neither a run"),
+        (["loss.critic.weights=PLAIN"], "loss.critic.weights: .*step-000004 holds no critic; it was trained without one"),
+        (["loss.critic.channels=[4, 6]", "loss.critic.weights=RUN"], "critic.weights.safetensors is of another model"),
+        (["loss.perceptual.weights=SHARDS/index.jsonl"], "weights of the perceptual network are .safetensors or .pth"),
+    ],
+)  # fmt: skip
+def test_a_start_that_does_not_fit_is_refused(
+    world: World, file: Path, contest: Path, undisturbed: Path, run: Path, changes: list[str], message: str
+) -> None:
+    places = {"RUN": undisturbed, "PLAIN": run, "SHARDS": world.root / "shards"}
+    for word, path in places.items():
+        changes = [change.replace(word, str(path)) for change in changes]
+    config = load_config(VAERun, [file, contest], overrides=changes)
+    with pytest.raises(ValueError, match=message):
+        build_vae(config)
+        build_judges(config.loss, seed=0, device=torch.device("cpu"))
+
+
+def test_a_critic_that_would_never_start_is_refused(file: Path, contest: Path) -> None:
+    with pytest.raises(ConfigError, match=r"loss.critic.start 6 is not before the run's end, train.steps 6"):
+        load_config(VAERun, [file, contest], overrides=["loss.critic.start=6"])
 
 
 def test_a_split_that_does_not_divide_the_ranks_is_refused(file: Path) -> None:

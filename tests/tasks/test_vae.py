@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -180,6 +181,14 @@ def test_the_step_with_a_critic_is_a_plain_computation(world: World) -> None:
     means = {key: found[key][0] / found[key][1] for key in ("loss/decoder", "critic/balance", "critic/hinge")}
     assert float(means["critic/balance"]) == pytest.approx(float(balance))
     assert float(found["loss/decoder"][0]) == pytest.approx(float(far) * logits)
+
+
+def test_lpips_of_no_weight_measures_alone(world: World) -> None:
+    task = judged_task(small())
+    task.settings = replace(LOSS, perceptual=replace(LOSS.perceptual, weight=0.0))  # type: ignore[type-var]
+    (batch, *_) = batches(world, 1)
+    assert "loss/perceptual" not in task.loss(task.model, batch).metrics
+    assert "held_out/lpips" in task.held_out_loss(task.model, batches(world, -1)[0])
 
 
 def test_before_its_start_the_critic_is_not_heard(world: World) -> None:
