@@ -1,4 +1,4 @@
-"""The autoencoder's two stages on a small scale: short clips, then long ones over two ranks. python launch/demo_vae.py --out DIR"""
+"""The autoencoder's two stages, small: short clips, then long ones over two ranks. python launch/demo_vae.py --out DIR"""
 
 from __future__ import annotations
 
