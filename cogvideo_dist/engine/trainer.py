@@ -116,9 +116,7 @@ class Trainer:
         learners = [own, *self.task.rivals(self.settings.train)]
         if path is None:
             return 0, [Player(learner, self._engine(learner)) for learner in learners]
-        manifest = read_manifest(path)
-        check_about(self._about(), manifest["about"], source=str(path))
-        return manifest["step"], [Player(learner, self._restored(learner, path)) for learner in learners]
+        return read_manifest(path)["step"], [Player(learner, self._restored(learner, path)) for learner in learners]
 
     def _engine(self, learner: Learner) -> Engine:
         return Engine(learner.model, learner.train, mesh=self.mesh, micro_steps=self.limits.micro_steps)
@@ -126,6 +124,7 @@ class Trainer:
     def _restored(self, learner: Learner, path: Path) -> Engine:
         """Its engine as it was when ``path`` was saved."""
         state, saved = load(path, learner.model, name=learner.name)
+        check_about(self._about(), saved.about, source=str(path))
         step = max(0, saved.step - learner.start)
         expected = {"weights", *(state_keys(learner.train) if step else ())}
         if state.keys() != expected:

@@ -230,7 +230,7 @@ def taken_over(other: Path, run: Path, *, config: bool = False) -> Path:
         ("model.time_embed_dim=32", "time.linear1.weight has shape (16, 32), expected (32, 32)"),
         ("model.sample_height=8", "is of another run: it was made with model.sample_height=4, this run has 8"),
         ("run.seed=6", "is of another run: it was made with seed=5, this run has 6"),
-        ("train.ema_decay=null", "holds weights, exp_avg, exp_avg_sq, ema; train.ema_decay was set otherwise"),
+        ("train.ema_decay=null", "holds weights, exp_avg, exp_avg_sq, ema instead of exp_avg, exp_avg_sq, weights"),
     ],
 )  # fmt: skip
 def test_a_checkpoint_of_another_model_is_refused(
