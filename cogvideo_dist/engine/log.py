@@ -92,7 +92,11 @@ class RunLog:
         for picture in pictures:
             write_mp4(folder / f"{picture.name}.mp4", picture.frames, picture.fps)
             self.board._get_file_writer().add_summary(_moving(f"samples/{picture.name}", picture), step)
-        write_contact_sheet(folder / "contact-sheet.png", [(picture.caption, picture.frames) for picture in pictures])
+        rows = [(picture.caption, picture.frames) for picture in pictures]
+        wide = max(
+            1, round(max(frames.shape[2] / frames.shape[1] for _, frames in rows))
+        )  # several pictures side by side
+        write_contact_sheet(folder / "contact-sheet.png", rows, columns=max(2, 8 // wide), cell=160 * wide)
 
     def defects(self, defects: Iterable[Defect]) -> None:
         """Append to the data report and say it; every time that a sample was not used as planned is one line of it."""

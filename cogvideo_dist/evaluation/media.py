@@ -62,9 +62,11 @@ def write_png(path: str | Path, image: Tensor) -> None:
     _save_png(path, _pictures(image[None])[0])
 
 
-def write_contact_sheet(path: str | Path, rows: Sequence[tuple[str, Tensor]]) -> None:
-    """Write ``contact_sheet(rows)`` as a png."""
-    _save_png(path, contact_sheet(rows))
+def write_contact_sheet(
+    path: str | Path, rows: Sequence[tuple[str, Tensor]], *, columns: int = 8, cell: int = 160
+) -> None:
+    """Write a ``contact_sheet`` as a png."""
+    _save_png(path, contact_sheet(rows, columns=columns, cell=cell))
 
 
 def contact_sheet(rows: Sequence[tuple[str, Tensor]], *, columns: int = 8, cell: int = 160) -> Image.Image:

@@ -154,7 +154,7 @@ class VAETask:
             output, video = self._reconstruct(model, sample)
             error += (output - video).abs().mean().double().cpu()
             parts.append(reconstruction_sums(video[0], output[0], perceptual=self.perceptual))
-        self.shown = list(batch.samples[:SHOWN])
+        self.shown = list({s.key: s for s in (*self.shown, *batch.samples)}.values())[-SHOWN:]
         speaks = float(self.cp.rank == 0)  # every rank has come to the same figures
         found = {"loss": (error, torch.tensor(float(len(batch.samples)))), **add(parts)}
         # A name with another slash would be a group of its own in TensorBoard.

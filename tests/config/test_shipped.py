@@ -33,7 +33,7 @@ def test_every_file_is_covered_and_says_its_command() -> None:
 
 @pytest.mark.parametrize("name", USED)
 def test_the_demos_files_load(name: str) -> None:
-    load_config(USED[name], [CONFIGS / name])
+    assert load_config(USED[name], [CONFIGS / name]).run.dir.startswith("runs/")
 
 
 @pytest.mark.parametrize("which", STAGES)

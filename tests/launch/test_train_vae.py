@@ -109,7 +109,7 @@ def test_clips_split_in_time_compute_the_run(file: Path, smooth: Path, tmp_path:
     psnr = [
         [entry["held_out/psnr"] for entry in read_log(run) if "held_out/psnr" in entry] for run in (tmp_path, smooth)
     ]
-    assert psnr[0] == pytest.approx(psnr[1], rel=1e-5)
+    assert psnr[0] == pytest.approx(psnr[1], rel=1e-4)
     shown = [sorted(path.name for path in (run / "samples" / "step-000004").iterdir()) for run in (tmp_path, smooth)]
     assert len(shown[0]) == len(shown[1])  # those of the first data-parallel rank
 
