@@ -8,6 +8,7 @@ Legend: B batch, T H W frames, height, width.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 from collections.abc import Mapping
@@ -41,6 +42,8 @@ class Perceptual(nn.Module):
         super().__init__()
         if net not in SMALLEST:
             raise ValueError(f'no perceptual network "{net}"; there are {", ".join(SMALLEST)}')
+        if importlib.util.find_spec("lpips") is None:
+            raise ValueError('LPIPS needs the lpips package, which is not installed: pip install "cogvideo_dist[vae]"')
         if chunk < 1:
             raise ValueError(f"the perceptual loss's chunk is {chunk} frames; it must be at least 1")
         self.net, self.chunk = net, chunk

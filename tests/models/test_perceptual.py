@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import lpips
@@ -49,6 +50,12 @@ def test_the_distance_is_the_packages_summed_over_frames(net: str, tmp_path: Pat
     assert slope.isfinite().all() and slope.abs().max() > 0
     usable = expected.isfinite()  # the package's is not a number where all channels of a place are zero
     assert (slope - expected)[usable].abs().max() <= BOUND * slope.abs().max() and usable.any()
+
+
+def test_without_the_package_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ValueError, match=r'pip install "cogvideo_dist\[vae\]"'):
+        Perceptual(weights="random")
 
 
 def test_neither_chunks_nor_a_split_in_time_change_it(vgg: Perceptual) -> None:
