@@ -98,7 +98,7 @@ def smooth(world: World, file: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.long), 4])
 def test_clips_split_in_time_compute_the_run(file: Path, smooth: Path, tmp_path: Path, ranks: int) -> None:
     """cp = 2, with images, which do not split; alone and with two data-parallel ranks; losses, judgements and pictures."""
     run_ranks(train, ranks, [file], [f"run.dir={tmp_path}", SMOOTH, "parallel.cp=2"])
@@ -111,7 +111,8 @@ def test_clips_split_in_time_compute_the_run(file: Path, smooth: Path, tmp_path:
     ]
     assert psnr[0] == pytest.approx(psnr[1], rel=1e-4)
     shown = [sorted(path.name for path in (run / "samples" / "step-000004").iterdir()) for run in (tmp_path, smooth)]
-    assert len(shown[0]) == len(shown[1])  # those of the first data-parallel rank
+    assert set(shown[0]) <= set(shown[1])  # those of the first data-parallel rank
+    assert len(shown[0]) == len(shown[1]) - (ranks == 4)
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +125,9 @@ def contest(file: Path) -> Path:
 LOSSES = ("loss", "loss/reconstruction", "loss/kl", "loss/perceptual")
 AGAINST = ("loss/decoder", "critic/loss", "critic/balance", "critic/hinge", "critic/right")
 ENDS = [
-    (VAE, "backward", 3), (Critic, "backward", 1), (Critic, "full_state", 1),
+    (VAE, "backward", 9), (Critic, "backward", 1), (Critic, "full_state", 1),
     *(pytest.param(*end, marks=pytest.mark.long) for end in (
-        (VAE, "backward", 9), (VAE, "step", 8), (VAE, "full_state", 3), (Critic, "backward", 4), (Critic, "step", 0),
+        (VAE, "backward", 3), (VAE, "step", 8), (VAE, "full_state", 3), (Critic, "backward", 4), (Critic, "step", 0),
         (Critic, "step", 3), (Critic, "full_state", 2),
     )),
 ]  # fmt: skip
