@@ -89,10 +89,11 @@ def _rank(pipe: Connection, function: Callable[..., Any], place: Place, args: tu
 
 @dataclass(frozen=True)
 class Timing:
-    """Undisturbed runs of every side that are wanted, and the seconds for which they are waited for."""
+    """Undisturbed runs of every side that are wanted, the seconds for which they are waited for, and the runs before them."""
 
     repeats: int = 7
     limit: float = 8.0
+    warm_ups: int = WARM_UPS
 
 
 def timed(times: Mapping[str, list[float]], undisturbed: bool) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def interleaved_ranks(
     keep_freed_blocks()
     names, world = list(sides), mesh.world
     every, kept = ({name: list[float]() for name in names} for _ in range(2))
-    for name in names * WARM_UPS:
+    for name in names * timing.warm_ups:
         timed_ranks(sides[name], world)
     end, turn = time.monotonic() + timing.limit, 0
     while waiting := [name for name in names if len(kept[name]) < timing.repeats]:

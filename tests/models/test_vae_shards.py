@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cogvideo_dist.models.vae import VAE, VAEConfig
-from cogvideo_dist.models.vae_blocks import CausalConv3d, NormSiLU
+from cogvideo_dist.models.vae_blocks import PAST, CausalConv3d, NormSiLU, matching_frames
 from cogvideo_dist.parallel.frames import Shards, Whole, frames_of, latent_shares
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, build_mesh
 from cogvideo_dist.parallel.ops import gather_objects, reduce_sum
@@ -105,6 +105,22 @@ def test_only_clips_with_too_few_frames_to_lend_are_refused_and_before_any_work(
                 latent_shares(latents, ranks)
             # No even or uneven cut would do: each rank but the last lends two frames, and none is empty.
             assert 2 * (ranks - 1) + 1 > latents
+
+
+@pytest.mark.parametrize("each", [1, 2, 4])
+@pytest.mark.parametrize("first", [True, False])
+def test_frames_meet_their_cells_and_what_is_lent_is_a_run_of_its_own(each: int, first: bool) -> None:
+    for latents in range(2, 6):
+        cell_of = [0] * (1 if first else each) + [cell for cell in range(1, latents) for _ in range(each)]
+        x = torch.zeros(1, 1, len(cell_of), 1, 1)
+        for cells in (torch.zeros(1, 1, latents, 1, 1), torch.zeros(1, 1, 1, 1, 1)):
+            runs = matching_frames(x, cells, first=first, lent=PAST)
+            assert [f for frames, _ in runs for f in range(len(cell_of))[frames]] == list(range(len(cell_of)))
+            for frames, covering in runs:
+                run, mine = cell_of[frames], list(range(cells.shape[2]))[covering]
+                assert cells.shape[2] == 1 or [mine[i * len(mine) // len(run)] for i in range(len(run))] == run
+            lent = len(cell_of[runs[-1][0]])
+            assert PAST <= lent <= (PAST if cells.shape[2] == 1 else max(PAST, each))
 
 
 def traffic(mesh: ParallelMesh) -> list[dict[str, tuple[int, int]]]:
