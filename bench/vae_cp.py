@@ -190,7 +190,7 @@ def bench_vae_cp(size: Size, timing: Timing, *, run: Callable[..., list[Any]] = 
     """All of them, ready for JSON; ``run`` starts the ranks."""
     gradients = {str(ranks): run(bench_gradients, ranks, SMALL)[0] for ranks in (2, 4)}
     sent = {str(ranks): run(bench_bytes, ranks, size)[0] for ranks in (2, 4)}
-    times = run(bench_times, 2, size, timing)[0]
+    times = run(bench_times, 2, size, timing, timeout_s=400.0)[0]
     return {"size": size, "gradients": gradients, "bytes": sent, "times": times, "undisturbed": times["undisturbed"]}
 
 

@@ -55,8 +55,7 @@ class WithPast(torch.autograd.Function):
         padded = room_for(x)
         coming = line.lend(x[:, :, -PAST:], first=x[:, :, :1].expand(-1, -1, PAST, -1, -1))
         padded[:, :, PAST:] = x  # while the past is on its way
-        if first or line.shared:  # otherwise it is of an earlier time, for ``recall`` to write
-            padded[:, :, :PAST] = coming.wait()
+        padded[:, :, :PAST] = coming.wait()
         return padded
 
     @staticmethod
@@ -149,8 +148,7 @@ class ModulateSiLU(torch.autograd.Function):
         coming = line.lend(padded[:, :, -PAST:], first=out[:, :, :1].expand(-1, -1, PAST, -1, -1))
         for run in kept:
             make(*run)
-        if first or line.shared:  # otherwise it is of an earlier time, for ``recall`` to write
-            padded[:, :, :PAST] = coming.wait()
+        padded[:, :, :PAST] = coming.wait()
         return padded
 
     @staticmethod
