@@ -25,23 +25,28 @@ class Slot:
 class StepPlan:
     """Everything the whole world does in one optimizer step: all packs, and the global totals that losses are divided by.
 
-    ``elements`` counts vision tokens over all clips of the step.
+    ``elements`` counts vision tokens over all clips of the step. ``costs``: of every pack, in one unit.
     """
 
     step: int
     packs: tuple[tuple[Slot, ...], ...]
     clips: int
     elements: int
+    costs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Defect:
-    """A sample that could not be used as planned, or not whole: what was wrong and, if something took its place, what."""
+    """A sample that could not be used as planned, or not whole: what was wrong and, if something took its place, what.
+
+    ``code``: the kind of defect, in one or two words.
+    """
 
     key: str
     source: str
     reason: str
     replaced_by: str | None = None
+    code: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,13 @@ class Batch:
 
 
 class Geometry(Protocol):
-    """How a model sees a clip of a given size: the tokens of its text and the grid of its patches."""
+    """How a model sees a clip of a given size: the tokens of its text and the grid of its patches; and what it costs."""
 
     def __call__(self, size: Size) -> Clip: ...
+
+    def cost(self, clip: Clip) -> float:
+        """Of forward and backward on a clip, in any unit."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
-from cogvideo_dist.data.shards import REJECTED, shown
+from cogvideo_dist.data.index import REJECTED
+from cogvideo_dist.data.shards import shown
 from cogvideo_dist.data.sources import Source, find_sources, read_manifest, take_in
 from cogvideo_dist.data.writing import Entry, Written, write_shards
 from cogvideo_dist.protocols import Defect
 from cogvideo_dist.rng import fold
+from data_tools.command import Parser, counted
 
 DESCRIPTION = """\
 Pack clips, images and their captions into WebDataset shards with an index.
@@ -45,20 +47,8 @@ def byte_count(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-class Parser(argparse.ArgumentParser):
-    """One line per error."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(2, f"make_shards: error: {message} (see --help)\n")
-
-
 def parser() -> Parser:
-    options = Parser(
-        prog="make_shards.py",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    options = Parser("make_shards", description=DESCRIPTION, epilog=EXAMPLES)
     options.add_argument(
         "src", metavar="SRC", help="folder with videos/, images/ and labels/, or whatever the manifest lists"
     )
@@ -82,11 +72,9 @@ def watched(entries: Iterable[Entry], total: int) -> Iterator[Entry]:
 
 
 def summary(written: Written, dst: str) -> str:
-    kinds = ", ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in sorted(written.kinds.items()))
     rejected = f"rejected {written.rejected}, listed in {dst}/{REJECTED}" if written.rejected else "rejected none"
-    return (
-        f"make_shards: wrote {kinds} ({written.bytes / 1e6:.1f} MB) in shards: {written.shards}, to {dst}; {rejected}"
-    )
+    wrote = f"wrote {counted(written.kinds)} ({written.bytes / 1e6:.1f} MB) in shards: {written.shards}"
+    return f"make_shards: {wrote}, to {dst}; {rejected}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cogvideo_dist.config.load import ConfigError, load_config, to_yaml
-from cogvideo_dist.config.schema import SPATIAL, TEMPORAL, Data, DiTRun, Size, VAERun
+from cogvideo_dist.config.schema import SPATIAL, TEMPORAL, Data, DiTRun, Run, Size, VAERun
 from cogvideo_dist.convert import diffusers as hf
-from cogvideo_dist.data.loader import Loader
-from cogvideo_dist.data.plan import Plan
-from cogvideo_dist.data.shards import Record, ShardReader, read_index
+from cogvideo_dist.data.catalog import Catalog
+from cogvideo_dist.data.index import Index
+from cogvideo_dist.data.loader import Loader, open_sources
+from cogvideo_dist.data.plan import Notes, Plan
 from cogvideo_dist.engine.checkpoint import flat
 from cogvideo_dist.engine.log import report_line
 from cogvideo_dist.evaluation.media import replacing
@@ -31,27 +35,43 @@ from cogvideo_dist.protocols import Batch, Defect, Geometry
 from cogvideo_dist.tasks.pixels import tiling_of
 from cogvideo_dist.tasks.video import FrozenModels, cut_reason
 
+GEMM, ATTENTION = 700e12, 470e12
+"""Rates of an H100-class device in bfloat16; only their ratio matters, by which packs are balanced."""
+
 FREE = {
-    "run.dir", "log", "checkpoint", "validation", "frozen", "data.workers", "data.max_bad_share", "train.steps",
+    "run.dir", "log", "checkpoint", "validation", "frozen", "data.workers", "data.max_bad_share", "data.memory_gb",
+    "data.remote", "train.steps",
     "train.zero_stage", "train.recompute", "model.weights", "parallel",
 }  # fmt: skip
 """What may change between a run and its continuation without changing what is computed, or is meant to (more steps)."""
 
 
-def transformer_geometry(config: DiTConfig) -> Geometry:
+@dataclass(frozen=True)
+class TransformerGeometry:
     """Text tokens and patch grid of a clip; an odd latent is padded in front to whole patches."""
 
-    def geometry(size: Size) -> Clip:
-        o, p, q = config.patch
+    config: DiTConfig
+
+    def __call__(self, size: Size) -> Clip:
+        o, p, q = self.config.patch
         frames = (size[0] - 1) // TEMPORAL + 1
-        return Clip(config.text_length, (-(-frames // o), size[1] // SPATIAL // p, size[2] // SPATIAL // q))
+        return Clip(self.config.text_length, (-(-frames // o), size[1] // SPATIAL // p, size[2] // SPATIAL // q))
 
-    return geometry
+    def cost(self, clip: Clip) -> float:
+        """Seconds of a layer on a device that multiplies matrices at ``GEMM`` and attends at ``ATTENTION`` flop/s: forward and
+        backward of 12 d^2 weights per token, and of attention with its scores made again (3.5 times the forward)."""
+        n, d = clip.tokens, self.config.hidden
+        return 72 * n * d**2 / GEMM + 14 * n**2 * d / ATTENTION
 
 
-def latent_geometry(size: Size) -> Clip:
-    """The autoencoder's own: one token is one latent."""
-    return Clip(0, ((size[0] - 1) // TEMPORAL + 1, size[1] // SPATIAL, size[2] // SPATIAL))
+class LatentGeometry:
+    """The autoencoder's own: one token is one latent, and all cost alike."""
+
+    def __call__(self, size: Size) -> Clip:
+        return Clip(0, ((size[0] - 1) // TEMPORAL + 1, size[1] // SPATIAL, size[2] // SPATIAL))
+
+    def cost(self, clip: Clip) -> float:
+        return float(clip.tokens)
 
 
 def build_transformer(config: DiTRun, *, tp: Axis | None = None) -> DiT:
@@ -75,7 +95,7 @@ def build_transformer(config: DiTRun, *, tp: Axis | None = None) -> DiT:
     return model.float()
 
 
-def load_frozen(config: DiTRun, *, device: torch.device, records: list[Record], pictures: bool) -> FrozenModels:
+def load_frozen(config: DiTRun, *, device: torch.device, records: Catalog, pictures: bool) -> FrozenModels:
     """The encoders that the run needs: both in the loop for pixels, and for pictures."""
     needed = config.data.source == "pixels" or pictures
     model = config.model.transformer()
@@ -104,10 +124,11 @@ def load_text(folder: str, model: DiTConfig, *, device: torch.device) -> TextEnc
     return text
 
 
-def check_latents(config: DiTRun, records: list[Record], *, vae: VAE | None) -> float:
+def check_latents(config: DiTRun, records: Catalog, *, vae: VAE | None) -> float:
     """The scaling factor of encoded latents; refuses those of a text encoder that does not fit, and of another autoencoder
     (or way of using it) than ``vae``, which decodes the run's pictures."""
-    model, shards, frozen = config.model.transformer(), config.data.shards, config.frozen
+    model, frozen = config.model.transformer(), config.frozen
+    shards = " and ".join(source.shards for source in config.data.all_sources)
     scale = stored(records, "scaling_factor", shards=shards)
     expected: dict[str, tuple[str, Any]] = {
         "text_length": ("model.text_length", model.text_length), "text_dim": ("model.text_dim", model.text_dim),
@@ -136,9 +157,9 @@ def shown_tiling(tiling: Tiling | None) -> str:
     return f"{tiling.size[0]}x{tiling.size[1]} overlapping {tiling.overlap[0]}x{tiling.overlap[1]}"
 
 
-def stored(records: list[Record], key: str, *, shards: str) -> Any:
+def stored(records: Catalog, key: str, *, shards: str) -> Any:
     """What all encoded latents carry in their records' origin."""
-    values = {record.origin.get(key) for record in records if record.kind == "latent"}
+    values = {index.common.get(key) for index in records.indexes}
     if len(values) != 1 or None in values:
         raise ConfigError(f"the latents of {shards} must all carry one {key}; encode them with launch/encode.py")
     return values.pop()
@@ -156,16 +177,12 @@ def weights_digest(model: torch.nn.Module) -> str:
 class RankData:
     """A rank's batches, as the trainer asks for them."""
 
-    def __init__(self, data: Data, *, seed: int, geometry: Geometry, mesh: ParallelMesh) -> None:
-        self.records = read_index(data.shards)
-        self.plan = Plan(self.records, data, seed=seed, geometry=geometry)
+    def __init__(self, data: Data, *, run: Run, geometry: Geometry, mesh: ParallelMesh) -> None:
+        self.records, stores = open_sources(data)
+        notes = Notes(Path(run.dir) / "plan", writes=mesh.is_first)
+        self.plan = Plan(self.records, data, seed=run.seed, geometry=geometry, notes=notes)
         self.loader = Loader(
-            self.plan,
-            ShardReader(data.shards),
-            data=data,
-            geometry=geometry,
-            dp_rank=mesh.dp.rank,
-            dp_size=mesh.dp.size,
+            self.plan, stores, data=data, geometry=geometry, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size
         )
 
     def iterate(self, first_step: int) -> Iterator[Batch]:
@@ -184,38 +201,41 @@ class RankData:
         return next(self.loader.held_out_batches_of(0))
 
 
-def prepare_folder(config: DiTRun | VAERun, mesh: ParallelMesh, *, plan: Plan) -> None:
-    """The run's folder with its resolved configuration and data report; refuses a folder that holds another run."""
+def prepare_folder(config: DiTRun | VAERun, mesh: ParallelMesh, *, plan: Plan, new_data: bool = False) -> None:
+    """The run's folder with its resolved configuration, its data's digests and its data report; refuses a folder that holds
+    another run, or one on other data unless ``new_data`` allows it."""
     folder = Path(config.run.dir)
     path = folder / "config.yaml"
-    # Decided by one rank: it writes the file that the others would read.
+    # Decided by one rank: it writes the files that the others would read.
     refusal = refused_as_other_run(config, path) if mesh.is_first and path.exists() else None
+    if mesh.is_first and not refusal and not new_data:
+        refusal = refused_as_other_data(config.data, plan.catalog, path=folder / "data.json")
     if refusal := broadcast_object(refusal, mesh.world):
         raise ConfigError(refusal)
     if mesh.is_first:
         with replacing(path) as temporary:
             temporary.write_text(to_yaml(config), encoding="utf-8")
-        cut = cut_captions(plan.records)
+        with replacing(folder / "data.json") as temporary:
+            temporary.write_text(json.dumps(data_facts(config.data, plan.catalog), indent=1), encoding="utf-8")
+        cut = [defect for index in plan.catalog.indexes for defect in cut_captions(index)]
         add_to_report(folder / "data_report.jsonl", [*plan.dropped, *cut])
         for what, defects in (("are not used", plan.dropped), ("have a caption that is cut", cut)):
             if defects:
                 print(
-                    f"data: {len(defects)} of {len(plan.records)} samples {what}, listed with reasons in "
+                    f"data: {len(defects)} of {len(plan.catalog)} samples {what}, listed with reasons in "
                     f"{folder / 'data_report.jsonl'}; first: {defects[0].source}: {defects[0].reason}",
                     flush=True,
                 )
     barrier(mesh.world)
 
 
-def cut_captions(records: Sequence[Record]) -> list[Defect]:
+def cut_captions(index: Index) -> list[Defect]:
     """Encoded samples whose caption was longer than the text encoder's length; it was measured when they were encoded."""
-    facts = (
-        (record, record.origin.get("caption_tokens", 0), record.origin.get("text_length", 0)) for record in records
-    )
+    tokens, length = index.origin_numbers("caption_tokens"), index.origin_numbers("text_length")
     return [
-        Defect(record.key, record.source, cut_reason(tokens, length))
-        for record, tokens, length in facts
-        if tokens > length
+        Defect(record.key, record.source, cut_reason(int(tokens[place]), int(length[place])), code="caption cut")
+        for place in np.flatnonzero(tokens > length).tolist()
+        for record in (index[place],)
     ]
 
 
@@ -224,6 +244,29 @@ def add_to_report(path: Path, defects: Sequence[Defect]) -> None:
     listed = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
     with path.open("a", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in map(report_line, defects) if line not in listed)
+
+
+def data_facts(data: Data, catalog: Catalog) -> list[dict[str, Any]]:
+    """What a run remembers of its data, source by source."""
+    return [
+        {"shards": source.shards, "samples": len(index), "digest": index.digest}
+        for source, index in zip(data.all_sources, catalog.indexes)
+    ]
+
+
+def refused_as_other_data(data: Data, catalog: Catalog, *, path: Path) -> str | None:
+    """Why a run that was on the data that ``path`` describes cannot go on with what its sources hold now."""
+    if not path.exists():
+        return None
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for old, now in zip(before, data_facts(data, catalog)):
+        if old["digest"] != now["digest"]:
+            return (
+                f"{now['shards']} is not what the run began with ({old['samples']} samples, index {old['digest'][:12]}; now "
+                f"{now['samples']}, {now['digest'][:12]}); put the old set back, use another run.dir, or pass --new-data to go "
+                "on with other clips from here"
+            )
+    return None
 
 
 def refused_as_other_run(config: DiTRun | VAERun, path: Path) -> str | None:

@@ -18,14 +18,15 @@ from cogvideo_dist.config.load import ConfigError, load_config
 from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.data.decode import DecodeError
 from cogvideo_dist.data.encoded import ADDRESSES, Clip, EncodedSet, Item, Role, SetPlan, address_of, read_set
-from cogvideo_dist.data.loader import media_extension, read_caption, read_pixels
-from cogvideo_dist.data.plan import assign_size
-from cogvideo_dist.data.shards import REJECTED, DataError, Record, ShardReader, read_index, shown
+from cogvideo_dist.data.index import REJECTED, Index, Record
+from cogvideo_dist.data.loader import read_clip
+from cogvideo_dist.data.reading import Cut, caption_member, media_extension, read_caption
+from cogvideo_dist.data.shards import DataError, ShardReader, shown
+from cogvideo_dist.data.sizes import assign_size
 from cogvideo_dist.data.workshop import Outcome, build, recover, working_folder
 from cogvideo_dist.engine.checkpoint import file_hash
 from cogvideo_dist.models.text import TextEncoder
 from cogvideo_dist.models.vae import VAE
-from cogvideo_dist.protocols import Slot
 from cogvideo_dist.tasks.pixels import encode_pixels, tiling_of
 from launch.compose import cut_captions, load_text, load_vae, shown_tiling, weights_digest
 from launch.environment import Worker, config_parser, device_of, read_place, read_worker, run_command, split_config
@@ -50,7 +51,7 @@ def main() -> None:
         raise ConfigError("data.source must be pixels, which are what this command encodes")
     worker, device = read_worker(options.task, options.tasks), device_of(read_place())
     encoders = Encoders.load(config, device)
-    out, reader = Path(options.out).resolve(), ShardReader(config.data.shards)
+    out, reader = Path(options.out).resolve(), ShardReader(one_set(config), config.data.remote)
     recover(out)
     old = read_set(out)
     plan = SetPlan(planned(config, encoders, reader=reader, old=old), ROLES, options.clips_per_shard)
@@ -126,19 +127,18 @@ class Encoders:
         """The text's and the latent's, in the order of ``ROLES``."""
         still = record.kind == "image"
         clip = {
-            "media": record.members[media_extension(record)].sha256, "kind": record.kind, "size": size,
+            "media": record.members[media_extension(record)].checksum, "kind": record.kind, "size": size,
             "fps": None if still else self.config.data.fps, "rotation": record.rotation,
         }  # fmt: skip
-        caption = {"caption": record.members["txt"].sha256}
+        caption = {"caption": record.members[caption_member(record)].checksum, "place": record.caption}
         return {"text": address_of({**self.text_facts, **caption}), "latent": address_of({**self.vae_facts, **clip})}
 
     def make(self, reader: ShardReader, record: Record, *, clip: Clip, role: str) -> Item:
         """The item, or why there is none: for good if the bytes are at fault, for now if they are not those of the index."""
         try:
             if role == "text":
-                return self._text(read_caption(reader, record))
-            slot = Slot(0, 0, clip.facts["size"])
-            return self._latent(read_pixels(reader, record, slot=slot, seed=0, fps=self.config.data.fps, crop="center"))
+                return self._text(read_caption(reader.store, record, allow_empty=self.config.data.empty_captions))
+            return self._latent(read_clip(reader, record, cut=Cut(clip.facts["size"], self.config.data.fps)))
         except DecodeError as error:
             return Item(reason=str(error))
         except DataError as error:
@@ -154,6 +154,13 @@ class Encoders:
         posterior = encode_pixels(self.vae, pixels[None], semantics=frozen.vae_semantics, tiling=frozen.vae_tiling)
         moments = {"mean": posterior.mean[0].cpu().contiguous(), "logvar": posterior.logvar[0].cpu().contiguous()}
         return Item({"latent.safetensors": save(moments)})
+
+
+def one_set(config: DiTRun) -> str:
+    """The set to encode."""
+    if config.data.shards is None:
+        raise ConfigError("data.shards must name the set to encode; encode the sets of data.sources one by one")
+    return config.data.shards
 
 
 def text_digest(text: TextEncoder, folder: Path) -> str:
@@ -183,7 +190,7 @@ def planned(config: DiTRun, encoders: Encoders, *, reader: ShardReader, old: Enc
 
 def unreadable(reader: ShardReader, record: Record, *, look: bool) -> str | None:
     """Why what is to be encoded cannot be read: it is missing, or damaged, which only a ``look`` can tell."""
-    needed = ("txt", media_extension(record))
+    needed = (caption_member(record), media_extension(record))
     try:
         for extension in needed:
             if look or extension not in record.members:
@@ -238,7 +245,7 @@ def tell(out: str, outcome: Outcome, *, worker: Worker, seconds: float) -> None:
                 f"{working_folder(Path(out))} holds an unfinished set of another configuration; delete it if unwanted"
             )
     else:
-        records, rejected = read_index(out), (Path(out) / REJECTED).read_bytes().count(b"\n")
+        records, rejected = Index.read(out), (Path(out) / REJECTED).read_bytes().count(b"\n")
         print(f"{len(records)} samples encoded into {out}, {rejected} could not be used")
         cut = cut_captions(records)
         if cut:

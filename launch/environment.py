@@ -131,6 +131,16 @@ def config_parser(description: str, example: str) -> argparse.ArgumentParser:
     return parser
 
 
+def training_parser(description: str, example: str) -> argparse.ArgumentParser:
+    """That of a command that trains."""
+    parser = config_parser(description, example)
+    parser.add_argument(
+        "--new-data", action="store_true",
+        help="go on although the shards are not what the run began with; which clips come next is then another order",
+    )  # fmt: skip
+    return parser
+
+
 class ConfigItems(TypedDict):
     files: list[str]
     overrides: list[str]

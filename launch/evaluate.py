@@ -14,9 +14,12 @@ from tqdm import tqdm
 
 from cogvideo_dist.config.load import ConfigError, load_config
 from cogvideo_dist.config.schema import Data, Size, VAERun, check_size, positive
+from cogvideo_dist.data.catalog import Catalog
+from cogvideo_dist.data.index import Index
 from cogvideo_dist.data.loader import read_sample
-from cogvideo_dist.data.plan import HELD_OUT, Plan, assign_size
-from cogvideo_dist.data.shards import INDEX, DataError, Record, ShardReader
+from cogvideo_dist.data.plan import HELD_OUT, Plan
+from cogvideo_dist.data.shards import DataError, ShardReader
+from cogvideo_dist.data.sizes import assign_size
 from cogvideo_dist.engine.checkpoint import file_hash
 from cogvideo_dist.evaluation.reconstruction import Distance, latent_sums, reconstruction_sums
 from cogvideo_dist.models.perceptual import RANDOM, SMALLEST
@@ -24,7 +27,7 @@ from cogvideo_dist.models.vae import LOGVAR_RANGE, VAE, Semantics
 from cogvideo_dist.protocols import Defect, Sample, Slot
 from cogvideo_dist.tasks.pixels import to_video
 from launch.autoencoder import is_vae_run, load_perceptual, trained_vae
-from launch.compose import latent_geometry, load_vae, weights_digest
+from launch.compose import LatentGeometry, load_vae, weights_digest
 from launch.environment import run_command
 from launch.evaluate_report import Evaluation, Measured, Shown, keep_extremes, show, table, write_report
 from launch.runs import Weights
@@ -48,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ConfigError(f"none of the {len(reader.records)} samples of {options.shards} can be used; {first(unused)}")
     about = {
         "vae": source.about(), "semantics": options.semantics, "sizes": data.sizes, "fps": data.fps,
-        "shards": options.shards, "index_sha256": file_hash(reader.folder / INDEX),
+        "shards": options.shards, "index": reader.records.digest,
         "clips": wanted_clips(options, source), "lpips": about_lpips(options),
         "device": str(device), "torch": torch.__version__,
     }  # fmt: skip
@@ -133,9 +136,9 @@ def open_autoencoder(folder: str, weights: Weights, *, device: torch.device) -> 
 def chosen_data(options: argparse.Namespace, source: Source) -> Data:
     """What the command line says, else the run, else the paper's size."""
     if source.run is not None:
-        base = replace(source.run.data, shards=options.shards)
+        base = replace(source.run.data, shards=options.shards, sources=())
     else:
-        base = Data(options.shards, "pixels", (SIZE,), FPS, tokens_per_pack=1, packs_per_step=1)
+        base = Data("pixels", (SIZE,), FPS, tokens_per_pack=1, packs_per_step=1, shards=options.shards)
     if options.size:
         base = replace(base, sizes=tuple(map(read_size, options.size)))
     if options.fps is not None:
@@ -169,18 +172,19 @@ def wanted_clips(options: argparse.Namespace, source: Source) -> str:
         raise ConfigError(f"--clips held-out needs a run that held clips out (data.held_out); {source.folder} is none")
     if options.clips is not None or source.run is None:
         return options.clips or "all"
-    return "held-out" if own and Path(source.run.data.shards).resolve() == Path(options.shards).resolve() else "all"
+    same = own and source.run.data.shards and Path(source.run.data.shards).resolve() == Path(options.shards).resolve()
+    return "held-out" if same else "all"
 
 
 def chosen_clips(
-    options: argparse.Namespace, source: Source, *, records: Sequence[Record], data: Data
+    options: argparse.Namespace, source: Source, *, records: Index, data: Data
 ) -> tuple[list[Slot], list[Defect]]:
     """The clips to measure at their sizes, in the order of the shards, and those of no listed size."""
     if options.count is not None:
         positive("evaluate", count=options.count)
     wanted, indices = wanted_clips(options, source), list(range(len(records)))
     if source.run is not None and wanted == "held-out":
-        plan = Plan(records, source.run.data, seed=source.run.run.seed, geometry=latent_geometry)
+        plan = Plan(Catalog([records]), source.run.data, seed=source.run.run.seed, geometry=LatentGeometry())
         indices = [slot.index for slot in plan.held_out]
     slots, unused = list[Slot](), list[Defect]()
     for index in indices:
@@ -196,7 +200,7 @@ def samples(reader: ShardReader, slots: Sequence[Slot], *, fps: float, unused: l
     """The clips, with progress; one whose bytes are at fault is added to ``unused``."""
     for slot in tqdm(slots, unit="clip"):
         try:
-            yield read_sample(reader, reader.records[slot.index], slot=slot, seed=0, fps=fps, crop="center")
+            yield read_sample(reader, reader.records[slot.index], slot=slot, fps=fps)
         except DataError as error:
             unused.append(Defect(error.key, error.source, error.reason))
 

@@ -21,7 +21,7 @@ from cogvideo_dist.evaluation.media import replacing, to_uint8, write_contact_sh
 from cogvideo_dist.evaluation.reconstruction import Sums, add, averages, latent_statistics
 from cogvideo_dist.models.perceptual import RANDOM
 from cogvideo_dist.protocols import Defect
-from launch.figures import STYLE, Bar, bars_against
+from launch.figures import STYLE, Bar, bars_against, html_table
 
 EXTREMES = 2
 """Clips at either end of the order by error that are shown."""
@@ -208,14 +208,14 @@ def page(found: Evaluation, films: Mapping[str, str], *, sheet: str) -> str:
 <title>Evaluation of an autoencoder</title><style>{STYLE}img,video{{max-width:100%;border-radius:8px;margin-top:8px}}</style>
 </head><body><main>
 <header><h1>Evaluation of an autoencoder</h1><p class="quiet">{escape(lead)}</p>{warning}</header>
-<section><h2>All clips</h2>{_html_table(("", "size", *names(found)), [total])}
+<section><h2>All clips</h2>{html_table(("", "size", *names(found)), [total])}
 <p class="quiet">PSNR and SSIM: the mean over frames of pixels in [0, 1]. Flicker: the mean absolute difference of neighbouring
 frames in 8-bit levels; a reconstruction should have the original's.</p></section>
 {_quality(found)}{_flicker(found)}{_latents(found)}
 <section><h2>Worst and best</h2><p class="quiet">original, reconstruction, error x {GAIN}</p>
 {"".join(_film(name, file) for name, file in films.items())}
 <img alt="frames of the worst and the best clips" src="data:image/png;base64,{sheet}"></section>
-<section><h2>Every clip</h2><div class="wide">{_html_table(("clip", "size", *names(found)), rows)}</div></section>
+<section><h2>Every clip</h2><div class="wide">{html_table(("clip", "size", *names(found)), rows)}</div></section>
 {_unused(found)}
 <section><h2>What was used</h2><details><summary>with digests</summary>
 <pre>{escape(json.dumps(json_safe(dict(about)), indent=1))}</pre></details></section>
@@ -273,12 +273,6 @@ def _film(name: str, file: str) -> str:
     if file.endswith(".png"):
         return f'<p>{name}</p><img alt="{name}" src="{file}">'
     return f'<p>{name}</p><video controls loop muted src="{file}"></video>'
-
-
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    names = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _unused(found: Evaluation) -> str:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from cogvideo_dist.config.load import ConfigError, load_config
 from cogvideo_dist.config.schema import DiTRun, Size, check_size, positive
 from cogvideo_dist.parallel.mesh import Layout, legal_layouts
-from launch.compose import transformer_geometry
+from launch.compose import TransformerGeometry
 from launch.environment import FAILED, config_parser, run_command, split_config
 from launch.parity_report import Context, table, write_report
 from launch.parity_steps import BREAKABLE, Job, Stage, attention_of, packs_of, work
@@ -186,7 +186,7 @@ def _verdict(job: Job, folder: Path, reference: Answer) -> Verdict:
 
 def shapes_of(job: Job) -> Shapes:
     model = job.config.model.transformer()
-    geometry = transformer_geometry(model)
+    geometry = TransformerGeometry(model)
     tokens = sum(geometry(size).tokens for pack in job.packs for size in pack)
     return Shapes(
         tokens / len(job.packs), model.hidden, model.heads, model.layers, len(job.packs), job.dtype.itemsize,

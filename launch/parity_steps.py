@@ -32,7 +32,7 @@ from cogvideo_dist.parallel.split import full_shape, joined_whole, own_slice
 from cogvideo_dist.protocols import Batch, Loss, Sample, Slot, StepPlan
 from cogvideo_dist.rng import fold
 from cogvideo_dist.tasks.video import FrozenModels, Sharding, VideoTask
-from launch.compose import transformer_geometry
+from launch.compose import TransformerGeometry
 
 BREAKABLE = ("gather", "scatter_sum", "to_heads", "to_tokens", "shift", "enter")
 FLOOR = 1e-3
@@ -194,7 +194,7 @@ def attention_of(config: DiTRun, *, device: torch.device, dtype: torch.dtype, ri
 
 def batches(config: DiTRun, step: int, *, packs: tuple[tuple[Size, ...], ...], dp: Axis) -> Iterator[Batch]:
     """This rank's batches of a step, dealt as the loader does."""
-    geometry = transformer_geometry(config.model.transformer())
+    geometry = TransformerGeometry(config.model.transformer())
     numbers = iter(range(step * sum(map(len, packs)), 2**62))
     slots = tuple(
         tuple(

@@ -10,22 +10,23 @@ from cogvideo_dist.data.loader import check_ranks
 from cogvideo_dist.pack.attention import backend_for
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, Place, choose_layout, stop
 from cogvideo_dist.tasks.video import Sharding, VideoTask
-from launch.compose import RankData, build_transformer, load_frozen, transformer_geometry
-from launch.environment import config_parser, device_of, join, read_place, run_command, split_config
+from launch.compose import RankData, TransformerGeometry, build_transformer, load_frozen
+from launch.environment import device_of, join, read_place, run_command, split_config, training_parser
 from launch.training import run_training
 
 
 def main() -> None:
-    parser = config_parser(
+    parser = training_parser(
         "Train the diffusion transformer, from pixels or from precomputed latents. Started again, it goes on from its last "
         "checkpoint.",
         "deepspeed --num_gpus 2 launch/train_dit.py --config configs/demo/dit.yaml train.steps=20",
     )
-    config = load_config(DiTRun, **split_config(parser.parse_args().config))
+    options = parser.parse_args()
+    config = load_config(DiTRun, **split_config(options.config))
     place = read_place()
     layout = layout_of(config, place)
     mesh, device = join(place, layout)
-    train(config, mesh, device=device)
+    train(config, mesh, device=device, new_data=options.new_data)
     stop()
 
 
@@ -38,11 +39,9 @@ def layout_of(config: DiTRun, place: Place) -> Layout:
     return layout
 
 
-def train(config: DiTRun, mesh: ParallelMesh, *, device: torch.device) -> None:
-    """The whole run, on this rank of ``mesh``."""
-    data = RankData(
-        config.data, seed=config.run.seed, geometry=transformer_geometry(config.model.transformer()), mesh=mesh
-    )
+def train(config: DiTRun, mesh: ParallelMesh, *, device: torch.device, new_data: bool = False) -> None:
+    """The whole run, on this rank of ``mesh``; ``new_data``: although its data is not what it began with."""
+    data = RankData(config.data, run=config.run, geometry=TransformerGeometry(config.model.transformer()), mesh=mesh)
     frozen = load_frozen(config, device=device, records=data.records, pictures=config.validation.samples_every > 0)
     task = VideoTask(
         build_transformer(config, tp=mesh.tp),
@@ -52,7 +51,7 @@ def train(config: DiTRun, mesh: ParallelMesh, *, device: torch.device) -> None:
         seed=config.run.seed,
         sharding=Sharding(mesh, config.parallel.attention),
     )
-    run_training(config, task, data=data, mesh=mesh)
+    run_training(config, task, data=data, mesh=mesh, new_data=new_data)
 
 
 if __name__ == "__main__":

@@ -11,20 +11,21 @@ from cogvideo_dist.models.perceptual import RANDOM
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, divisors, stop
 from cogvideo_dist.tasks.vae import VAETask
 from launch.autoencoder import build_judges, build_vae
-from launch.compose import RankData, latent_geometry
-from launch.environment import config_parser, join, read_place, run_command, split_config
+from launch.compose import LatentGeometry, RankData
+from launch.environment import join, read_place, run_command, split_config, training_parser
 from launch.training import run_training
 
 
 def main() -> None:
-    parser = config_parser(
+    parser = training_parser(
         "Train the 3D causal autoencoder on whole clips. Started again, it goes on from its last checkpoint.",
         "deepspeed --num_gpus 2 launch/train_vae.py --config configs/demo/vae.yaml",
     )
-    config = load_config(VAERun, **split_config(parser.parse_args().config))
+    options = parser.parse_args()
+    config = load_config(VAERun, **split_config(options.config))
     place = read_place()
     mesh, device = join(place, layout_of(config, place.world))
-    train(config, mesh, device=device)
+    train(config, mesh, device=device, new_data=options.new_data)
     stop()
 
 
@@ -38,16 +39,16 @@ def layout_of(config: VAERun, world: int) -> Layout:
     return Layout(dp=world // cp, ulysses=cp, cp=cp)  # of a sample's ranks only cp has work here
 
 
-def train(config: VAERun, mesh: ParallelMesh, *, device: torch.device) -> None:
-    """The whole run, on this rank of ``mesh``."""
-    data = RankData(config.data, seed=config.run.seed, geometry=latent_geometry, mesh=mesh)
+def train(config: VAERun, mesh: ParallelMesh, *, device: torch.device, new_data: bool = False) -> None:
+    """The whole run, on this rank of ``mesh``; ``new_data``: although its data is not what it began with."""
+    data = RankData(config.data, run=config.run, geometry=LatentGeometry(), mesh=mesh)
     judges = build_judges(config.loss, seed=config.run.seed, device=device)
     if mesh.is_first and config.loss.perceptual is not None and config.loss.perceptual.weights == RANDOM:
         print(
             "warning: loss.perceptual.weights is random: LPIPS over an untrained network, which is for trying things out"
         )
     task = VAETask(build_vae(config), config.loss, seed=config.run.seed, fps=config.data.fps, cp=mesh.cp, judges=judges)
-    run_training(config, task, data=data, mesh=mesh)
+    run_training(config, task, data=data, mesh=mesh, new_data=new_data)
 
 
 if __name__ == "__main__":

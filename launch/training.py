@@ -9,11 +9,16 @@ from cogvideo_dist.protocols import Task
 from launch.compose import RankData, prepare_folder
 
 
-def run_training(config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: ParallelMesh) -> None:
+def run_training(
+    config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: ParallelMesh, new_data: bool = False
+) -> None:
     """From the run's folder to its last step."""
-    prepare_folder(config, mesh, plan=data.plan)
+    prepare_folder(config, mesh, plan=data.plan, new_data=new_data)
     limits = DataLimits(
         micro_steps=data.loader.micro_steps, tokens_per_pack=config.data.tokens_per_pack,
         max_bad_share=config.data.max_bad_share,
     )  # fmt: skip
-    Trainer(config, task, batches=data, mesh=mesh, data_limits=limits).run()
+    try:
+        Trainer(config, task, batches=data, mesh=mesh, data_limits=limits).run()
+    finally:
+        data.loader.close()

@@ -119,20 +119,74 @@ class Frozen:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A set of shards and its part in the mix: of all clips drawn, ``weight`` of the sum of weights are from it.
+
+    ``score`` keeps the ``top_share`` of its usable samples that score best; samples without that score are not used. ``skip``:
+    clips of it that an earlier stage has drawn, as that run's log tells; its epochs go on from there.
+    """
+
+    shards: str
+    weight: float = 1.0
+    skip: int = 0
+    score: str | None = None
+    top_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive("data.sources", weight=self.weight, top_share=self.top_share)
+        if not self.shards.strip():
+            raise ValueError("data.sources.shards must name a folder of shards")
+        if self.skip < 0 or self.top_share > 1:
+            raise ValueError("data.sources.skip must be >= 0 and top_share at most 1")
+        if self.score is None and self.top_share < 1:
+            raise ValueError("data.sources.top_share needs data.sources.score, the number to choose by")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """How shards are read that are not on this machine (s3://, gs://, https:// ...).
+
+    ``cache``: a folder for what is fetched, at most ``gigabytes`` of it, which processes of a machine share. ``whole_shards``:
+    shards are fetched whole, one stream each; else only the bytes of each sample are asked for, and kept nowhere.
+    """
+
+    cache: str = "~/.cache/cogvideo_dist"
+    gigabytes: float = 100.0
+    whole_shards: bool = False
+    retries: int = 5
+
+    def __post_init__(self) -> None:
+        positive("data.remote", gigabytes=self.gigabytes)
+        if not self.cache.strip() or self.retries < 0:
+            raise ValueError("data.remote.cache must name a folder, data.remote.retries be >= 0")
+
+
+@dataclass(frozen=True)
 class Data:
     """What is read and how it is packed.
+
+    ``shards`` names one set, or ``sources`` several with weights. ``mode``: ``pack`` mixes sizes in packs that are full and of
+    equal cost; ``bucket`` has one size to a pack; ``pad`` takes clips as they come, as many as fit when all are as long as the
+    longest: the last two to compare with. ``window``: shards whose samples are shuffled together. Workers hold at most
+    ``memory_gb`` of packs ready.
 
     ``sizes`` lists the legal (frames, height, width); a clip takes the largest that needs no upscaling and fits its shape best.
     Where ``other_fps`` are given, a training clip is read at ``fps`` or at one of those, all higher, that its source reaches,
     drawn for each visit; held-out clips stay at ``fps``.
     """
 
-    shards: str
     source: Literal["pixels", "latents"]
     sizes: tuple[Size, ...]
     fps: float
     tokens_per_pack: int
     packs_per_step: int
+    shards: str | None = None
+    sources: tuple[Source, ...] = ()
+    mode: Literal["pack", "bucket", "pad"] = "pack"
+    window: int = 8
+    remote: Remote = field(default_factory=Remote)
+    memory_gb: float = 4.0
+    empty_captions: bool = False
     held_out: int = 0
     workers: int = 1
     max_bad_share: float = 0.01
@@ -141,7 +195,10 @@ class Data:
 
     def __post_init__(self) -> None:
         positive("data", fps=self.fps, tokens_per_pack=self.tokens_per_pack, packs_per_step=self.packs_per_step)
+        positive("data", window=self.window, memory_gb=self.memory_gb)
         share("data", max_bad_share=self.max_bad_share)
+        if (self.shards is None) == (not self.sources):
+            raise ValueError("data must name either shards, one set, or sources, several with their weights")
         if self.held_out < 0 or self.workers < 0:
             raise ValueError(f"data.held_out and data.workers must be >= 0, found {self.held_out} and {self.workers}")
         if any(rate <= self.fps for rate in self.other_fps):
@@ -152,6 +209,17 @@ class Data:
             raise ValueError("data.sizes must list at least one [frames, height, width]")
         for size in self.sizes:
             check_size("data.sizes", size)
+
+    @property
+    def all_sources(self) -> tuple[Source, ...]:
+        return self.sources if self.shards is None else (Source(self.shards),)
+
+    def planned(self) -> tuple[object, ...]:
+        """The fields that decide which clips a step works on."""
+        return (
+            self.all_sources, self.source, self.sizes, self.fps, self.tokens_per_pack, self.packs_per_step, self.mode,
+            self.window, self.held_out,
+        )  # fmt: skip
 
 
 def check_size(key: str, size: Size) -> None:

@@ -11,17 +11,16 @@ import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Generator, Tensor
 
-Crop = Literal["random", "center"]
+Pixels = NDArray[np.uint8]
 
-TICK = 1e-3
+TICK = COVER_TICK = 1e-3
 """Seconds by which a stored timestamp may be off: Matroska rounds to whole milliseconds."""
 
 MAX_PIXELS = 2**24
@@ -32,10 +31,29 @@ DEMUXERS = "mov,matroska"
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 EXIF_ORIENTATION = 0x0112
+SIDEWAYS = (5, 6, 7, 8)
+"""Orientations in which height and width change places."""
 
 
 class DecodeError(ValueError):
-    """Bytes that do not hold what was asked of them; the same for everyone who reads them."""
+    """Bytes that do not hold what was asked of them; the same for everyone who reads them. ``code``: of which kind the defect
+    is."""
+
+    def __init__(self, reason: str, code: str = "undecodable") -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class Place(NamedTuple):
+    """Where a cut begins in time, from the top and from the left, each a share in [0, 1) of the room that there is."""
+
+    start: float
+    top: float
+    left: float
+
+
+CENTER = Place(0.0, 0.5, 0.5)
+"""A clip's beginning, and the middle of its frames."""
 
 
 class Probe(NamedTuple):
@@ -82,63 +100,73 @@ def probe(data: bytes) -> Probe:
     return Probe(len(moments), len(moments) / duration, height, width, rotation)
 
 
-def decode_video(
-    data: bytes, *, fps: float, frames: int, size: tuple[int, int], generator: Generator, crop: Crop
-) -> Tensor:
-    """``frames`` frames, 1 / fps apart, of (height, width) ``size`` -> uint8 [frames, height, width, 3].
+def probe_packets(data: bytes | memoryview) -> Probe:
+    """As ``probe``, but only the first frame is decoded, and the others are known by the container's timestamps.
 
-    ``random``: start and crop are uniform over the room there is; ``center``: the clip's beginning and its middle. A
-    frame shows until the next begins, so a source slower than ``fps`` repeats frames, and no other does. Raises
-    ``DecodeError`` for damage, for a clip that is too short, and where a frame would have to be enlarged.
+    Equal to ``probe`` for a clip all of whose packets can be decoded to one frame each; damage behind the first frame goes
+    unseen.
     """
-    start, *place = _places(generator, crop)
     with _opened(data) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         packets = list(_packets(container, stream))
-        pixels = torch.empty((frames, *size, 3), dtype=torch.uint8)
+        first = next(_frames(packets), None)
+        if first is None:
+            raise DecodeError("no frame of the video can be decoded")
+        begin = _moment(first).start
+        moments = [moment for moment in map(_moment, packets) if moment.start >= begin]
+        duration = _duration(moments, stream.average_rate)
+    return Probe(len(moments), len(moments) / duration, *_displayed(first))
+
+
+def decode_video(data: bytes | memoryview, pixels: Pixels, *, fps: float, place: Place = CENTER) -> None:
+    """Fill ``pixels``, uint8 [frames, height, width, 3], with frames 1 / fps apart.
+
+    A frame shows until the next begins, so a source slower than ``fps`` repeats frames, and no other does. Raises
+    ``DecodeError`` for damage, for a clip that is too short, and where a frame would have to be enlarged.
+    """
+    frames = len(pixels)
+    with _opened(data) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        packets = list(_packets(container, stream))
         previous, times, end, done = None, [math.inf] * frames, math.inf, 0
         for frame in _frames(packets):
             moment = _moment(frame)
             if previous is None:
                 moments = [m for m in map(_moment, packets) if m.start >= moment.start]
                 length = _duration(moments, stream.average_rate)
-                times, end = _times(moment.start, length, frames=frames, fps=fps, start=start), moment.start + length
+                times = _times(moment.start, length, frames=frames, fps=fps, start=place.start)
+                end = moment.start + length
             else:
                 done = _show(previous, pixels, done=done, upto=moment.start, times=times, place=place)
             previous = frame
             if done == frames:
-                return pixels
+                return
         if previous is not None:
             done = _show(previous, pixels, done=done, upto=end + TICK, times=times, place=place)
         if done < frames:
-            raise DecodeError(f"only {done} of the {frames} frames that are needed can be decoded")
-        return pixels
+            raise DecodeError(f"only {done} of the {frames} frames that are needed can be decoded", "too few frames")
 
 
-def probe_image(data: bytes) -> Probe:
-    """Decode an image and say what is in it: one frame."""
-    image, rotation = _image(data)
-    return Probe(1, 0.0, image.height, image.width, rotation)
+def probe_image(data: bytes | memoryview, *, header: bool = False) -> Probe:
+    """Decode an image and say what is in it: one frame. ``header``: its pixels are not looked at."""
+    image, orientation = _image(data, load=not header)
+    sideways = header and orientation in SIDEWAYS
+    height, width = (image.width, image.height) if sideways else (image.height, image.width)
+    return Probe(1, 0.0, height, width, {3: 180, 6: -90, 8: 90}.get(orientation, 0))
 
 
-def decode_image(data: bytes, *, size: tuple[int, int], generator: Generator, crop: Crop) -> Tensor:
-    """An image -> uint8 [1, height, width, 3]; transparency is shown on white. Errors and crop as for a clip."""
-    _, *place = _places(generator, crop)
+def decode_image(data: bytes | memoryview, pixels: Pixels, *, place: Place = CENTER) -> None:
+    """Fill ``pixels``, uint8 [1, height, width, 3]; transparency is shown on white. Errors and place as for a clip."""
     image, _ = _image(data)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return _fit(image.convert("RGB"), size, place)[None]
+    height, width = pixels.shape[1:3]
+    pixels[0] = _fit(image.convert("RGB"), (height, width), place)
 
 
-def _places(generator: Generator, crop: Crop) -> list[float]:
-    """(start, top, left), each a share in [0, 1) of the room there is."""
-    if crop == "center":
-        return [0.0, 0.5, 0.5]
-    return torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-
-
-def _opened(data: bytes) -> av.container.InputContainer:
+def _opened(data: bytes | memoryview) -> av.container.InputContainer:
     try:
         container = av.open(
             io.BytesIO(data), mode="r", metadata_errors="replace", options={"format_whitelist": DEMUXERS}
@@ -158,7 +186,7 @@ def _opened(data: bytes) -> av.container.InputContainer:
 
 def _check_pixels(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise DecodeError(f"{width} x {height} pixels are more than the {MAX_PIXELS} that are decoded")
+        raise DecodeError(f"{width} x {height} pixels are more than the {MAX_PIXELS} that are decoded", "too large")
 
 
 def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
@@ -214,13 +242,11 @@ def _duration(moments: Sequence[Moment], rate: Fraction | None) -> float:
 def _times(origin: float, duration: float, *, frames: int, fps: float, start: float) -> list[float]:
     room = duration - TICK - (frames - 1) / fps
     if room < -1e-6:  # rounding of frames / fps
-        raise DecodeError(f"lasts {duration:.3f} s, too short for {frames} frames at {fps:g} per second")
+        raise DecodeError(f"lasts {duration:.3f} s, too short for {frames} frames at {fps:g} per second", "too short")
     return [origin + start * max(room, 0.0) + i / fps for i in range(frames)]
 
 
-def _show(
-    frame: av.VideoFrame, pixels: Tensor, *, done: int, upto: float, times: Sequence[float], place: Sequence[float]
-) -> int:
+def _show(frame: av.VideoFrame, pixels: Pixels, *, done: int, upto: float, times: Sequence[float], place: Place) -> int:
     """Write ``frame`` at every moment from ``done`` on that lies before ``upto``; the number written so far."""
     stop = done
     while stop < len(times) and times[stop] + TICK < upto:
@@ -240,14 +266,15 @@ def _displayed(frame: av.VideoFrame) -> tuple[int, int, int]:
     return (frame.width, frame.height, frame.rotation) if turned else (frame.height, frame.width, frame.rotation)
 
 
-def _image(data: bytes) -> tuple[Image.Image, int]:
-    """An image as shown, and the degrees counterclockwise by which its EXIF data asked it to be turned."""
+def _image(data: bytes | memoryview, *, load: bool = True) -> tuple[Image.Image, int]:
+    """An image as shown, or as stored where it is not to ``load``; and the orientation that its EXIF data gives it."""
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         _check_image(image)
-        image.load()
-        rotation = {3: 180, 6: -90, 8: 90}.get(image.getexif().get(EXIF_ORIENTATION, 1), 0)
-        return ImageOps.exif_transpose(image), rotation
+        if load:
+            image.load()
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        return (ImageOps.exif_transpose(image) if load else image), orientation
     except UnidentifiedImageError:
         raise DecodeError("not a readable PNG, JPEG or WebP file") from None
     except DecodeError:
@@ -266,14 +293,16 @@ def _check_image(image: Image.Image) -> None:
         raise DecodeError(f"pixels of mode {image.mode}; convert it to 8 bits per channel")
 
 
-def _fit(image: Image.Image, size: tuple[int, int], place: Sequence[float]) -> Tensor:
+def _fit(image: Image.Image, size: tuple[int, int], place: Place) -> Pixels:
     """Scale down (antialiased bicubic) to cover ``size`` and crop, in one resampling -> uint8 [height, width, 3]."""
-    (height, width), (top, left) = size, place
+    (height, width), (_, top, left) = size, place
     scale = max(height / image.height, width / image.width)
     if scale > 1:
-        raise DecodeError(f"{image.height} x {image.width} pixels would have to be enlarged to {height} x {width}")
+        raise DecodeError(
+            f"{image.height} x {image.width} pixels would have to be enlarged to {height} x {width}", "too small"
+        )
     tall, wide = min(height / scale, image.height), min(width / scale, image.width)
     # whole source pixels, so that a crop without scaling copies pixels
     y, x = int(top * (int(image.height - tall) + 1)), int(left * (int(image.width - wide) + 1))
     fitted = image.resize((width, height), Image.Resampling.BICUBIC, box=(x, y, x + wide, y + tall))
-    return torch.from_numpy(np.array(fitted))
+    return np.asarray(fitted)

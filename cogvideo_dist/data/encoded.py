@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
-from cogvideo_dist.data.shards import INDEX, REJECTED, DataError, Record, read_index, read_member
+from cogvideo_dist.config.schema import Remote
+from cogvideo_dist.data.index import INDEX, REJECTED, Index, Record
+from cogvideo_dist.data.shards import DataError, read_member
+from cogvideo_dist.data.storage import Store
 from cogvideo_dist.data.writing import json_line, shard_name
 
 ADDRESSES = "addresses"
@@ -176,7 +179,7 @@ def _read_set(folder: Path) -> EncodedSet:
     refusal = f"{folder} already exists and is no set of encoded clips that could be brought up to date"
     if not (folder / INDEX).is_file():
         raise ValueError(f"{refusal} (it has no {INDEX}); choose another folder")
-    records = read_index(folder)
+    records = Index.read(folder)
     strange = next((record for record in records if ADDRESSES not in record.origin), None)
     if strange is not None:
         raise ValueError(f"{refusal} (sample {strange.key} has no addresses in its origin); choose another folder")
@@ -230,7 +233,8 @@ class Stock:
             return None
         folder, record, role = self.places[address]
         try:
-            members = {name: read_member(folder, record, extension=name) for name in role.members}
+            store = Store(str(folder), Remote())
+            members = {name: read_member(store, record, extension=name) for name in role.members}
         except (DataError, FileNotFoundError):
             del self.places[address]
             return None

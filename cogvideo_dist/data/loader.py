@@ -1,112 +1,69 @@
-"""Reads what the plan says, one pack at a time, in worker processes that know nothing but what they are asked."""
+"""Reads what the plan says, a sample at a time and packs ahead, and puts batches together."""
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from cogvideo_dist.config.schema import SPATIAL, TEMPORAL, Data
-from cogvideo_dist.data.decode import Crop, DecodeError, decode_image, decode_video
+from cogvideo_dist.config.schema import Data
+from cogvideo_dist.data.catalog import Catalog
+from cogvideo_dist.data.decode import CENTER, Place
+from cogvideo_dist.data.index import Record
 from cogvideo_dist.data.plan import HELD_OUT, Plan
-from cogvideo_dist.data.shards import KINDS, DataError, Record, ShardReader, caption_of
+from cogvideo_dist.data.pool import Loaded, Memory, Pool, Reads, Task
+from cogvideo_dist.data.reading import Arena, Array, Cut, expected_bytes, read_pixels
+from cogvideo_dist.data.shards import DataError, ShardReader
+from cogvideo_dist.data.storage import Store
 from cogvideo_dist.pack.layout import PackLayout
 from cogvideo_dist.protocols import Batch, Defect, Geometry, Sample, Slot, StepPlan
 from cogvideo_dist.rng import fold
 
-TIMEOUT = 120
-"""Seconds after which a worker that delivers nothing is given up, and the run with it."""
+AHEAD = 4
+"""Packs that are read ahead for every worker, as far as memory goes."""
 
 RATE_SLACK = 0.01
 """Of a source's frame rate: 23.976 frames per second pass for 24."""
 
-Read = tuple[tuple[Sample, ...], tuple[Defect, ...]]
+DTYPES = {"U8": torch.uint8, "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def read_sample(reader: ShardReader, record: Record, *, slot: Slot, seed: int, fps: float, crop: Crop) -> Sample:
-    """One clip at the slot's size; raises ``DataError`` if its bytes do not hold that.
-
-    Start and crop are drawn from (seed, slot's epoch and index), so a substitute is cut as the clip would have been.
-    """
-    try:
-        if record.kind == "latent":
-            return _latent_sample(reader, record, slot)
-        caption = read_caption(reader, record)
-        pixels = read_pixels(reader, record, slot=slot, seed=seed, fps=fps, crop=crop)
-        return Sample(slot, record.key, record.source, caption, pixels=pixels)
-    except (DecodeError, SafetensorError) as error:
-        raise DataError(record.key, record.source, str(error)) from None
+def open_sources(data: Data) -> tuple[Catalog, list[Store]]:
+    """The samples of all of a run's sources, and where the bytes of each are."""
+    readers = [ShardReader(source.shards, data.remote) for source in data.all_sources]
+    return Catalog([reader.records for reader in readers]), [reader.store for reader in readers]
 
 
-def read_caption(reader: ShardReader, record: Record) -> str:
-    """Raises ``DecodeError`` for bytes that are no caption, ``DataError`` for bytes that are damaged."""
-    return caption_of(reader.read(record, "txt"))
+def read_sample(reader: ShardReader, record: Record, *, slot: Slot, fps: float, place: Place = CENTER) -> Sample:
+    """One clip at the slot's size, in this process; raises ``DataError`` if its bytes do not hold that."""
+    reads = Reads([reader.store])
+    ticket = reads.submit(Task(0, record, Cut(slot.size, fps, place)))
+    return to_sample(reads.result(ticket), record, slot=slot)
 
 
-def media_extension(record: Record) -> str:
-    """Which of the members is the video or image."""
-    return next((ext for ext in record.members if KINDS.get(ext) == record.kind), record.kind)
+def read_clip(reader: ShardReader, record: Record, *, cut: Cut) -> Tensor:
+    """The clip's pixels, uint8 [T, H, W, 3], without its caption; raises ``DecodeError`` for bytes that do not hold what is
+    wanted, ``DataError`` for bytes that are damaged."""
+    memory = torch.empty(expected_bytes(record, cut.size), dtype=torch.uint8).numpy()
+    return tensor_of(read_pixels(reader.store, record, arena=Arena(memory.data), cut=cut), memory)
 
 
-def read_pixels(reader: ShardReader, record: Record, *, slot: Slot, seed: int, fps: float, crop: Crop) -> Tensor:
-    """The clip's pixels at the slot's size, uint8 [T, H, W, 3]; errors as in ``read_caption``."""
-    data = reader.read(record, media_extension(record))
-    generator = fold(seed, "crop", slot.epoch, slot.index)
-    frames, height, width = slot.size
-    if record.kind == "image":
-        return decode_image(data, size=(height, width), generator=generator, crop=crop)
-    return decode_video(data, fps=fps, frames=frames, size=(height, width), generator=generator, crop=crop)
+def to_sample(loaded: Loaded, record: Record, *, slot: Slot) -> Sample:
+    """What was read, as tensors in the memory that it was read to."""
+    tensors = {name: tensor_of(array, loaded.memory) for name, array in loaded.content.arrays.items()}
+    return Sample(slot, record.key, record.source, loaded.content.caption, **tensors)
 
 
-def _latent_sample(reader: ShardReader, record: Record, slot: Slot) -> Sample:
-    moments, features = load(reader.read(record, "latent.safetensors")), load(reader.read(record, "text.safetensors"))
-    frames, height, width = slot.size
-    expected = ((frames - 1) // TEMPORAL + 1, height // SPATIAL, width // SPATIAL)
-    if set(moments) != {"mean", "logvar"} or set(features) != {"text"}:
-        raise DecodeError(f"expected tensors mean, logvar and text, found {', '.join([*moments, *features])}")
-    mean, logvar, text = moments["mean"], moments["logvar"], features["text"]
-    if mean.dim() != 4 or tuple(mean.shape[1:]) != expected or logvar.shape != mean.shape or text.dim() != 2:
-        raise DecodeError(
-            f"a clip of {list(slot.size)} has mean and logvar of [C, {', '.join(map(str, expected))}] and text of "
-            f"[L, dim], found {list(mean.shape)}, {list(logvar.shape)} and {list(text.shape)}"
-        )
-    caption = caption_of(reader.read(record, "txt")) if "txt" in record.members else ""
-    return Sample(slot, record.key, record.source, caption, mean=mean, logvar=logvar, text=text)
-
-
-class _Packs(Dataset[Read]):
-    """The slots of a pack -> its samples: a function without state, so any worker may evaluate it."""
-
-    def __init__(self, plan: Plan, reader: ShardReader, data: Data) -> None:
-        self.plan, self.reader, self.data = plan, reader, data
-
-    def __getitem__(self, slots: tuple[Slot, ...]) -> Read:
-        samples, defects = zip(*map(self._read, slots))
-        return samples, sum(defects, ())
-
-    def _read(self, slot: Slot) -> tuple[Sample, tuple[Defect, ...]]:
-        """The slot's clip or, if its bytes are at fault, the first of its substitutes whose bytes are not."""
-        crop: Crop = "center" if slot.epoch == HELD_OUT else self.data.crop
-        failed: list[DataError] = []
-        for index in (slot.index, *self.plan.substitutes(slot)):
-            record = self.plan.records[index]
-            try:
-                fps = frame_rate(record, slot, data=self.data, seed=self.plan.seed)
-                sample = read_sample(self.reader, record, slot=slot, seed=self.plan.seed, fps=fps, crop=crop)
-            except DataError as error:
-                failed.append(error)
-            else:
-                return sample, tuple(Defect(e.key, e.source, e.reason, replaced_by=sample.key) for e in failed)
-        raise ValueError(
-            f"none of the {len(failed)} clips of size {list(slot.size)} can be read; the first: {failed[0]}"
-        )
+def tensor_of(array: Array, memory: Memory) -> Tensor:
+    """A view of an array."""
+    dtype = DTYPES[array.dtype]
+    size = torch.Size(array.shape).numel() * dtype.itemsize
+    return torch.from_numpy(memory[array.offset : array.offset + size]).view(dtype).reshape(array.shape)
 
 
 def frame_rate(record: Record, slot: Slot, *, data: Data, seed: int) -> float:
@@ -115,6 +72,28 @@ def frame_rate(record: Record, slot: Slot, *, data: Data, seed: int) -> float:
     if slot.epoch == HELD_OUT or len(rates) == 1:
         return data.fps
     return rates[int(torch.randint(len(rates), (), generator=fold(seed, "fps", slot.epoch, slot.index)))]
+
+
+def place_of(slot: Slot, *, data: Data, seed: int) -> Place:
+    """Where a slot's clip is cut: drawn for every visit, or its beginning and middle.
+
+    It is the slot's, so a substitute is cut as the clip would have been.
+    """
+    if slot.epoch == HELD_OUT or data.crop == "center":
+        return CENTER
+    return Place(*torch.rand(3, generator=fold(seed, "crop", slot.epoch, slot.index), dtype=torch.float64).tolist())
+
+
+def dealt(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """The packs of every rank: in each micro-step packs of like cost, and over all of them like sums."""
+    order = sorted(range(len(costs)), key=lambda pack: -costs[pack])
+    totals, mine = [0] * ranks, [list[int]() for _ in range(ranks)]
+    for begin in range(0, len(order), ranks):
+        least = sorted(range(ranks), key=totals.__getitem__)
+        for pack, rank in zip(order[begin : begin + ranks], least):
+            mine[rank].append(pack)
+            totals[rank] += costs[pack]
+    return mine
 
 
 def check_ranks(packs_per_step: int, dp_size: int) -> None:
@@ -127,20 +106,46 @@ def check_ranks(packs_per_step: int, dp_size: int) -> None:
         )
 
 
-class Loader:
-    """The batches of data-parallel rank ``dp_rank`` of ``dp_size``: pack ``micro * dp_size + dp_rank`` of every step.
+class _Asked(NamedTuple):
+    """A pack that is being read."""
 
-    A clip whose bytes are damaged is replaced and listed in its batch's ``defects``. Errors of the storage, a worker
-    that dies and one that delivers nothing for ``TIMEOUT`` seconds raise.
+    plan: StepPlan
+    pack: int
+    tickets: list[int]
+
+
+class Loader:
+    """The batches of data-parallel rank ``dp_rank`` of ``dp_size``: of every step those packs that ``dealt`` gives it.
+
+    A clip whose bytes are damaged is replaced and listed in its batch's ``defects``. Errors of the storage and of the workers
+    raise. ``stores``: of the plan's sources.
     """
 
     def __init__(
-        self, plan: Plan, reader: ShardReader, *, data: Data, geometry: Geometry, dp_rank: int, dp_size: int
+        self, plan: Plan, stores: Sequence[Store], *, data: Data, geometry: Geometry, dp_rank: int, dp_size: int
     ) -> None:
         check_ranks(data.packs_per_step, dp_size)
-        self.plan, self.geometry, self.workers = plan, geometry, data.workers
-        self.packs = _Packs(plan, reader, data)
+        self.plan, self.stores, self.data, self.geometry = plan, stores, data, geometry
         self.dp_rank, self.dp_size = dp_rank, dp_size
+        self._reads: Reads | Pool | None = None
+
+    @property
+    def reads(self) -> Reads | Pool:
+        """Who reads: workers from the first time that something is asked for, or this process itself."""
+        if self._reads is None:
+            if self.data.workers:
+                memory = int(self.data.memory_gb * 2**30)
+                self._reads = Pool(self.stores, workers=self.data.workers, memory=memory)
+            else:
+                self._reads = Reads(self.stores)
+            weakref.finalize(self, self._reads.close)
+        return self._reads
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._reads is not None:
+            self._reads.close()
+            self._reads = None
 
     @property
     def micro_steps(self) -> int:
@@ -150,13 +155,15 @@ class Loader:
     def iterate(self, first_step: int) -> Iterator[Batch]:
         """Batches without end: all micro-steps of ``first_step``, then those of the next."""
         return self._batches(
-            (plan, pack) for plan in map(self.plan.step, count(first_step)) for pack in self._mine(plan)
+            (plan, pack)
+            for plan in map(self.plan.step, count(first_step))
+            for pack in dealt(plan.costs, self.dp_size)[self.dp_rank]
         )
 
     @property
     def held_out_count(self) -> int:
         """Batches that ``held_out_batches`` yields on this rank; ranks may differ by one."""
-        return len(self._mine(self.plan.held_out_plan))
+        return len(range(self.dp_rank, len(self.plan.held_out_plan.packs), self.dp_size))
 
     @property
     def held_out_rounds(self) -> int:
@@ -172,47 +179,46 @@ class Loader:
         plan = self.plan.held_out_plan
         return self._batches((plan, pack) for pack in range(dp_rank, len(plan.packs), self.dp_size))
 
-    def _mine(self, plan: StepPlan) -> range:
-        return range(self.dp_rank, len(plan.packs), self.dp_size)
-
     def _batches(self, wanted: Iterable[tuple[StepPlan, int]]) -> Iterator[Batch]:
-        asked: deque[tuple[StepPlan, int]] = deque()
+        coming, asked = iter(wanted), deque[_Asked]()
+        ahead = 1 + AHEAD * self.data.workers
+        while True:
+            while len(asked) < ahead and (following := next(coming, None)) is not None:
+                plan, pack = following
+                asked.append(_Asked(plan, pack, [self._ask(slot, slot.index) for slot in plan.packs[pack]]))
+            if not asked:
+                return
+            yield self._batch(asked.popleft())
 
-        def keys() -> Iterator[tuple[Slot, ...]]:
-            for plan, pack in wanted:
-                asked.append((plan, pack))
-                yield plan.packs[pack]
+    def _ask(self, slot: Slot, index: int) -> int:
+        """Have a slot's clip read, or another in its place."""
+        record, (source, _) = self.plan.catalog[index], self.plan.catalog.find(index)
+        fps = frame_rate(record, slot, data=self.data, seed=self.plan.seed)
+        place = place_of(slot, data=self.data, seed=self.plan.seed)
+        return self.reads.submit(Task(source, record, Cut(slot.size, fps, place, self.data.empty_captions)))
 
-        results: DataLoader[Read] = DataLoader(
-            self.packs,
-            sampler=keys(),
-            batch_size=None,
-            num_workers=self.workers,
-            prefetch_factor=2 if self.workers else None,
-            timeout=TIMEOUT if self.workers else 0,
-            worker_init_fn=_one_thread,
-            collate_fn=_as_it_is,
-            generator=fold(self.plan.seed, "workers"),  # or the global generator would be drawn from
-        )
-        for samples, defects in _delivered(results):
-            plan, pack = asked.popleft()
-            layout = PackLayout(tuple(self.geometry(slot.size) for slot in plan.packs[pack]))
-            yield Batch(plan, pack, sum(map(len, plan.packs[:pack])), layout, samples, defects)
+    def _batch(self, asked: _Asked) -> Batch:
+        slots, samples, defects = asked.plan.packs[asked.pack], list[Sample](), list[Defect]()
+        for slot, ticket in zip(slots, asked.tickets):
+            sample, failed = self._sample(slot, ticket)
+            samples.append(sample)
+            defects += (Defect(e.key, e.source, e.reason, sample.key, e.code) for e in failed)
+        layout = PackLayout(tuple(self.geometry(slot.size) for slot in slots))
+        first = sum(map(len, asked.plan.packs[: asked.pack]))
+        return Batch(asked.plan, asked.pack, first, layout, tuple(samples), tuple(defects))
 
-
-def _delivered(results: Iterable[Read]) -> Iterator[Read]:
-    """``results``; a worker that died while it handed one over is an error like any other dead worker."""
-    try:
-        yield from results
-    except (ConnectionError, EOFError) as error:
-        raise RuntimeError(f"a data worker exited unexpectedly while it handed over a pack ({error!r})") from error
-
-
-def _as_it_is(read: Any) -> Any:
-    """The default would turn tuples into lists."""
-    return read
-
-
-def _one_thread(worker: int) -> None:
-    """Workers share the cores among themselves already."""
-    torch.set_num_threads(1)
+    def _sample(self, slot: Slot, ticket: int) -> tuple[Sample, list[DataError]]:
+        """The slot's clip or, if its bytes are at fault, the first of its substitutes whose bytes are not."""
+        failed, others, index = list[DataError](), self.plan.substitutes(slot), slot.index
+        while True:
+            try:
+                loaded = self.reads.result(ticket)
+                return to_sample(loaded, self.plan.catalog[index], slot=slot), failed
+            except DataError as error:
+                failed.append(error)
+            other = next(others, None)
+            if other is None:
+                raise ValueError(
+                    f"none of the {len(failed)} clips of size {list(slot.size)} can be read; the first: {failed[0]}"
+                )
+            index, ticket = other, self._ask(slot, other)

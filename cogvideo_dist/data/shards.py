@@ -1,30 +1,21 @@
 """WebDataset shards with a sidecar index: plain tar files that anyone can stream, and random access with checksums.
 
-A folder holds ``shard-000000.tar`` ..., ``index.jsonl`` (one JSON object per sample, see ``Record``) and
-``rejected.jsonl`` (one per sample that could not be used). A sample's members lie side by side in one shard:
-``<key>.mp4``, ``<key>.txt``, ``<key>.json``. Keys are plain; the file's own name is in ``source``.
+A folder holds shards (``shard-000000.tar`` ... where this package wrote them), their index (``data/index.py``) and
+``rejected.jsonl`` (one line per sample that could not be used). A sample's members are ``<key>.<extension>`` of one shard, for
+example ``.mp4`` and ``.txt``. The file's own name is in the record's ``source``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
 
-from pydantic import TypeAdapter, ValidationError, with_config
-
-from cogvideo_dist.config.schema import Size
+from cogvideo_dist.config.schema import Remote
 from cogvideo_dist.data.decode import DecodeError
+from cogvideo_dist.data.index import Index, Kind, Record, checksum
+from cogvideo_dist.data.storage import Store, is_remote
 
-Kind = Literal["video", "image", "latent"]
-
-INDEX, REJECTED = "index.jsonl", "rejected.jsonl"
-KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,250}\.tar")
-DIGEST = re.compile(r"[0-9a-f]{64}")
 MAX_CAPTION = 16 * 1024
 KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("mp4", "webm", "mov", "mkv"), "video"),
@@ -34,72 +25,15 @@ KINDS: Mapping[str, Kind] = {
 
 
 class DataError(ValueError):
-    """A sample that cannot be used, now or ever: its bytes are at fault, not the machine that reads them."""
+    """A sample that cannot be used, now or ever: its bytes are at fault, not the machine that reads them. ``code`` names the
+    kind of defect in one or two words."""
 
-    def __init__(self, key: str, source: str, reason: str) -> None:
-        super().__init__(key, source, reason)
-        self.key, self.source, self.reason = key, source, reason
+    def __init__(self, key: str, source: str, reason: str, code: str = "") -> None:
+        super().__init__(key, source, reason, code)
+        self.key, self.source, self.reason, self.code = key, source, reason, code
 
     def __str__(self) -> str:
         return f"sample {self.key} ({shown(self.source)}): {self.reason}"
-
-
-class Member(NamedTuple):
-    """Where a member's bytes lie in its shard, and their SHA-256."""
-
-    offset: int
-    size: int
-    sha256: str
-
-
-@with_config(extra="forbid", allow_inf_nan=False)
-@dataclass(frozen=True)
-class Record:
-    """One sample of the index.
-
-    ``frames``, ``fps``, ``height``, ``width``: the clip as decoded and displayed; an image has one frame and fps 0.
-    ``caption_length`` in characters. ``rotation``: degrees counterclockwise that the container asks for (already
-    applied in height and width). A latent sample has the ``size`` in pixels that it stands for and its ``origin`` (what
-    encoded it).
-    """
-
-    key: str
-    source: str
-    shard: str
-    kind: Kind
-    members: Mapping[str, Member]
-    frames: int
-    fps: float
-    height: int
-    width: int
-    caption_length: int
-    rotation: int = 0
-    size: Size | None = None
-    origin: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not KEY.fullmatch(self.key):
-            raise ValueError(f"key {self.key!r} must be 1 to 64 letters, digits, - or _")
-        if not SHARD.fullmatch(self.shard):
-            raise ValueError(f"shard {self.shard!r} must be the plain name of a .tar file")
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kind {self.kind!r} must be one of {', '.join(get_args(Kind))}")
-        if min(self.frames, self.height, self.width) < 1 or self.caption_length < 0 or self.fps < 0:
-            raise ValueError("frames, height and width must be at least 1, fps and caption_length at least 0")
-        if self.kind == "video" and self.fps == 0:
-            raise ValueError("a video's fps must be above 0")
-        if (self.kind == "latent") != (self.size is not None):
-            raise ValueError("a latent sample has a size, and no other does")
-        if not self.members:
-            raise ValueError("members must list at least one")
-        for extension, member in self.members.items():
-            if min(member.offset, member.size) < 0 or not DIGEST.fullmatch(member.sha256):
-                raise ValueError(f"member {extension!r} must be [offset, size, SHA-256 in hex]")
-
-    @property
-    def duration(self) -> float:
-        """Seconds; only a video has one."""
-        return self.frames / self.fps
 
 
 def shown(name: str) -> str:
@@ -107,83 +41,96 @@ def shown(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
-def caption_of(data: bytes) -> str:
-    """A caption file's text, stripped; raises ``DecodeError`` if it is no caption."""
+def caption_of(data: bytes, *, allow_empty: bool = False) -> str:
+    """A caption's text without control characters, stripped; raises ``DecodeError`` if it is no caption."""
     if len(data) > MAX_CAPTION:
-        raise DecodeError(f"the caption has {len(data)} bytes, more than {MAX_CAPTION}")
+        raise DecodeError(f"the caption has {len(data)} bytes, more than {MAX_CAPTION}", "caption too long")
     try:
-        caption = data.decode("utf-8-sig").strip()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DecodeError(f"the caption is not UTF-8 (byte {error.start})") from None
-    if not caption:
-        raise DecodeError("the caption is empty")
+        raise DecodeError(f"the caption is not UTF-8 (byte {error.start})", "caption encoding") from None
+    caption = "".join(
+        c if c.isprintable() else " " for c in text.replace("\r\n", "\n") if c == "\n" or c >= " "
+    ).strip()
+    if not caption and not allow_empty:
+        raise DecodeError("the caption is empty", "caption empty")
     return caption
 
 
-def read_index(folder: str | Path) -> list[Record]:
-    """The samples of a folder of shards, in the order written; ``ValueError`` names the file and line that is wrong."""
-    path = Path(folder) / INDEX
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; a folder of shards is made by data_tools/make_shards.py")
-    reader = TypeAdapter(Record)
-    records: list[Record] = []
-    keys: set[str] = set()
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                record = reader.validate_json(line, strict=True)
-            except ValidationError as error:
-                problem = error.errors(include_url=False)[0]
-                place = ".".join(str(part) for part in problem["loc"])
-                raise ValueError(f"{path}:{number}: {place + ': ' if place else ''}{problem['msg']}") from None
-            if record.key in keys:
-                raise ValueError(f"{path}:{number}: key {record.key} is listed twice")
-            keys.add(record.key)
-            records.append(record)
-    if not records:
-        raise ValueError(f"{path}: lists no samples")
-    return records
+def caption_in(data: bytes, place: str, *, allow_empty: bool = False) -> str:
+    """The caption in a member's bytes: all of them, or a field of a JSON object (``Record.caption``); errors as above."""
+    _, _, field = place.partition(":")
+    if not field:
+        return caption_of(data, allow_empty=allow_empty)
+    try:
+        about = json.loads(data)
+        text = about[field].encode()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DecodeError(
+            f"no text {field!r} in the JSON beside it ({type(error).__name__})", "caption missing"
+        ) from None
+    return caption_of(text, allow_empty=allow_empty)
 
 
 class ShardReader:
-    """Random access to the samples of ``folder``; ``records`` is its index.
+    """Random access to the samples of ``folder``, a path or a URL; ``records`` is its index.
 
-    Opens a shard for every read and keeps nothing, so it may be forked, pickled and shared. Raises ``ValueError`` at
-    once if a shard is missing or shorter than its index says.
+    Keeps no state but open files, so any process may have its own. Raises ``ValueError`` at once if a shard on this machine is
+    missing or shorter than its index says.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, remote: Remote | None = None) -> None:
+        self.records = Index.read(Store(str(folder), remote or Remote()).local_index())
         self.folder = Path(folder)
-        self.records = read_index(folder)
-        ends: dict[str, int] = {}
-        for record in self.records:
-            ends[record.shard] = max(ends.get(record.shard, 0), *(m.offset + m.size for m in record.members.values()))
-        for shard, end in ends.items():
-            path = self.folder / shard
-            if not path.is_file():
-                raise ValueError(f"{path}: no such shard, but {self.folder / INDEX} lists it")
-            if path.stat().st_size < end:
-                found = path.stat().st_size
-                raise ValueError(f"{path}: has {found} bytes, its index needs {end}; copy the shard again")
+        self.store = Store(self.records.root if not is_remote(str(folder)) else str(folder), remote or Remote())
+        if not is_remote(self.store.root):
+            check_shards(self.records, self.store)
 
     def read(self, record: Record, extension: str) -> bytes:
         """One member's bytes, checked; raises ``DataError`` if they are not the bytes that were written."""
-        return read_member(self.folder, record, extension=extension)
+        return read_member(self.store, record, extension=extension)
 
 
-def read_member(folder: Path, record: Record, *, extension: str) -> bytes:
+def check_shards(index: Index, store: Store) -> None:
+    """Refuse a set on this machine that lacks a shard or a part of one."""
+    for shard, end in index.ends().items():
+        path = Path(store.root) / shard
+        if not path.is_file():
+            raise ValueError(f"{path}: no such shard, but the index of {index.folder} lists it")
+        if path.stat().st_size < end:
+            raise ValueError(f"{path}: has {path.stat().st_size} bytes, its index needs {end}; copy the shard again")
+
+
+def read_member(store: Store, record: Record, *, extension: str) -> bytes:
     """As ``ShardReader.read``, for a record of a set that may have lost shards."""
+    data = bytearray(find_member(record, extension))
+    read_member_into(store, record, extension=extension, out=memoryview(data))
+    return bytes(data)
+
+
+def find_member(record: Record, extension: str) -> int:
+    """A member's size; raises ``DataError`` if the sample has none of that extension."""
     member = record.members.get(extension)
     if member is None:
-        raise DataError(record.key, record.source, f"has no member {extension!r}, only {', '.join(record.members)}")
-    with (folder / record.shard).open("rb") as file:
-        file.seek(member.offset)
-        data = file.read(member.size)
-    if len(data) != member.size or hashlib.sha256(data).hexdigest() != member.sha256:
-        raise DataError(
-            record.key,
-            record.source,
-            f"{record.shard}: the {member.size} bytes of {record.key}.{extension} at {member.offset} are damaged "
-            "(their SHA-256 is not the index's)",
-        )
-    return data
+        reason = f"has no member {extension!r}, only {', '.join(record.members)}"
+        raise DataError(record.key, record.source, reason, "missing member")
+    return member.size
+
+
+def read_member_into(store: Store, record: Record, *, extension: str, out: memoryview) -> None:
+    """Fill ``out``, which is as long as the member, with its bytes; checked as in ``read_member``.
+
+    What a remote store delivers is asked for once more before it is called damaged.
+    """
+    member = record.members[extension]
+    for attempt in range(2 if is_remote(store.root) else 1):
+        whole = store.read_into(record.shard, member.offset, out=out, afresh=attempt > 0)
+        if whole and checksum(out) == member.checksum:
+            return
+    raise DataError(
+        record.key,
+        record.source,
+        f"{record.shard}: the {member.size} bytes of {record.key}.{extension} at {member.offset} are damaged "
+        f"({'their checksum is not the index' if whole else 'the shard ends before'}{chr(39) + 's' if whole else ''})",
+        "damaged bytes",
+    )

@@ -18,7 +18,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
-import json
 import re
 import secrets
 import shutil
@@ -44,8 +43,8 @@ from cogvideo_dist.data.encoded import (
     rejected_line,
     unpack,
 )
-from cogvideo_dist.data.shards import INDEX, REJECTED
-from cogvideo_dist.data.writing import ShardFile, json_line, shard_name, sync, sync_folder, with_facts
+from cogvideo_dist.data.index import ABOUT, INDEX, REJECTED, IndexWriter
+from cogvideo_dist.data.writing import ShardFile, json_line, record_line, shard_name, sync, sync_folder, with_facts
 
 Make = Callable[[int, str], Item]
 """(clip's number, role) -> the item."""
@@ -302,7 +301,7 @@ class Workshop:
                 members = {name: data for item in items for name, data in item.members.items()}
                 file.add(clip.key, with_facts(clip.key, members, facts=facts), facts=facts)
             if file is not None:
-                file.finish(index)
+                index.writelines(map(record_line, file.finish()))
         return index.getvalue()
 
     def _item(self, number: int, role: str) -> Item:
@@ -336,28 +335,29 @@ class Workshop:
 
     def finish(self) -> None:
         """Write the index of the finished shards and put them in the place of ``out``."""
-        samples, first = 0, dict[str, Any]()
-        with self._unless_gone(), self._beside() as index, self._beside() as rejected:
-            with index.open("xb") as records, rejected.open("xb") as refusals:
+        records, first = IndexWriter(), dict[str, Any]()
+        with self._unless_gone(), self._beside() as index, self._beside() as about, self._beside() as rejected:
+            with rejected.open("xb") as refusals:
                 for shard in range(self.plan.shards):
                     lines = read_seal(self._seal(shard), self.shards) if self._seal(shard).exists() else None
                     if lines is None:
                         raise _Again  # from the beginning, where it is found damaged
-                    for line in lines:
-                        about = json.loads(line)
-                        good = "reason" not in about
-                        (records if good else refusals).write(line)
-                        samples += good
-                        first = first if good or first else about
-                sync(records)
+                    found = parse_lines(self.shards, lines)
+                    for record in found.records:
+                        records.add(record)
+                    for line in found.rejected:
+                        refusals.write(json_line(line))
+                        first = first or dict(line)
                 sync(refusals)
-            if not samples:
+            if not len(records):
                 raise ValueError(
                     f"no sample to write ({len(self.plan.clips)} rejected; the first, {first['source']}: "
                     f"{first['reason']}); {self.out} is left as it was"
                 )
+            records.write_files(index, about)
             rejected.rename(self.shards / REJECTED)
-            index.rename(self.shards / INDEX)
+            about.rename(self.shards / ABOUT)
+            index.rename(self.shards / INDEX)  # last: it is what ``recover`` looks for
             sync_folder(self.shards)
         swap(self.out, self.shards)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cogvideo_dist.data.shards import INDEX, REJECTED, Member, Record
+from cogvideo_dist.data.index import INDEX, REJECTED, IndexWriter, Member, Record, checksum
 from cogvideo_dist.protocols import Defect
 
 Entry = tuple[str, Mapping[str, bytes], Mapping[str, Any]] | Defect
@@ -67,7 +66,8 @@ class _Writer:
 
     def __init__(self, folder: Path, max_shard_size: int, files: ExitStack) -> None:
         self.folder, self.max_shard_size, self.written = folder, max_shard_size, Written()
-        self.index, self.rejected = (files.enter_context((folder / name).open("xb")) for name in (INDEX, REJECTED))
+        self.index = IndexWriter()
+        self.rejected = files.enter_context((folder / REJECTED).open("xb"))
         self.keys: set[str] = set()
         self.shard: ShardFile | None = None
 
@@ -82,7 +82,7 @@ class _Writer:
         members = with_facts(key, members, facts=facts)
         size = sum(map(len, members.values()))
         if self.shard is not None and self.shard.bytes + size > self.max_shard_size:
-            self.shard.finish(self.index)
+            self._finish_shard(self.shard)
             self.shard = None
         if self.shard is None:
             name = shard_name(self.written.shards)
@@ -94,9 +94,13 @@ class _Writer:
 
     def finish(self) -> None:
         if self.shard is not None:
-            self.shard.finish(self.index)
-        for file in (self.index, self.rejected):
-            sync(file)
+            self._finish_shard(self.shard)
+        sync(self.rejected)
+        self.index.write(self.folder)
+
+    def _finish_shard(self, shard: ShardFile) -> None:
+        for record in shard.finish():
+            self.index.add(record)
 
     def close(self) -> None:
         if self.shard is not None:
@@ -134,25 +138,31 @@ class ShardFile:
                 raise ValueError(f"sample {key}: {extension!r} is not an extension of lower-case letters and digits")
         self.tar.write({"__key__": key, **members})
         self.bytes += sum(map(len, members.values()))
-        digests = {extension: hashlib.sha256(members[extension]).hexdigest() for extension in sorted(members)}
+        digests = {extension: checksum(members[extension]) for extension in sorted(members)}
         self.waiting.append((key, digests, facts))
 
-    def finish(self, index: BinaryIO) -> None:
-        """Complete the tar and append its samples to the index; offsets are read back from the file itself."""
+    def finish(self) -> list[Record]:
+        """Complete the tar; its samples, whose offsets are read back from the file itself."""
         self.tar.close()
         sync(self.file)
         self.close()
         with tarfile.open(self.path, "r:") as tar:
             places = {info.name: (info.offset_data, info.size) for info in tar}
+        records = []
         for key, digests, facts in self.waiting:
             members = {ext: Member(*places[f"{key}.{ext}"], digest) for ext, digest in digests.items()}
-            record = Record(key=key, shard=self.name, members=members, **facts)
-            values = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
-            index.write(json_line({name: value for name, value in values.items() if value is not None and value != {}}))
+            records.append(Record(key=key, shard=self.name, members=members, **facts))
+        return records
 
     def close(self) -> None:
         self.tar.close()
         self.file.close()
+
+
+def record_line(record: Record) -> bytes:
+    """A record as a line of JSON, without what it does not say."""
+    values = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
+    return json_line({name: value for name, value in values.items() if value is not None and value != {}})
 
 
 def json_line(value: Mapping[str, Any]) -> bytes:

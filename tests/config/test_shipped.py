@@ -11,7 +11,7 @@ from cogvideo_dist.config.load import load_config
 from cogvideo_dist.config.schema import DiTRun, VAERun
 from cogvideo_dist.models.vae import VAE
 from launch.autoencoder import vae_config
-from launch.compose import latent_geometry
+from launch.compose import LatentGeometry
 from launch.train_vae import layout_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -46,7 +46,7 @@ def test_the_second_stage_goes_on_from_the_first(which: str) -> None:
     assert vae_config(second.model) == vae_config(first.model)
     assert max(second.data.sizes) > max(first.data.sizes)
     for config in (first, second):
-        largest = max(latent_geometry(size).tokens for size in config.data.sizes)
+        largest = max(LatentGeometry()(size).tokens for size in config.data.sizes)
         assert config.data.tokens_per_pack >= largest
 
 

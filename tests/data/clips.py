@@ -10,6 +10,7 @@ from typing import cast
 
 import av
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -75,9 +76,9 @@ def make_image(height: int = 48, width: int = 64, *, kind: str = "PNG", exif: in
     return file.getvalue()
 
 
-def indices(pixels: Tensor) -> list[int]:
+def indices(pixels: Tensor | NDArray[np.uint8]) -> list[int]:
     """The index that every frame of [T, H, W, 3] carries."""
-    return [round(brightness / STEP) for brightness in pixels.float().mean((1, 2, 3)).tolist()]
+    return [round(brightness / STEP) for brightness in np.asarray(pixels).mean((1, 2, 3)).tolist()]
 
 
 def add(folder: Path, name: str, content: bytes, caption: str | bytes | None = "A caption.") -> None:
@@ -99,10 +100,18 @@ def make_shards(folder: Path, contents: Iterable[tuple[str, bytes]]) -> ShardRea
     return ShardReader(folder / "shards")
 
 
-def geometry(size: Size) -> Clip:
+class _Geometry:
     """4 text tokens, and 16 x 16 pixels to a patch."""
-    frames, height, width = size
-    return Clip(4, ((frames - 1) // 4 + 1, height // 16, width // 16))
+
+    def __call__(self, size: Size) -> Clip:
+        frames, height, width = size
+        return Clip(4, ((frames - 1) // 4 + 1, height // 16, width // 16))
+
+    def cost(self, clip: Clip) -> float:
+        return clip.tokens + clip.tokens**2 / 50
+
+
+geometry = _Geometry()
 
 
 def settings(**changes: object) -> Data:

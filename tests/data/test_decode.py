@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cogvideo_dist.data.decode import Crop, DecodeError, covers, decode_image, decode_video, probe, probe_image
+from cogvideo_dist.data.decode import CENTER, DecodeError, Pixels, Place, decode_image, decode_video, probe, probe_image
+from cogvideo_dist.data.sizes import covered
 from cogvideo_dist.rng import fold
 from tests.data.clips import indices, make_clip, make_image, make_sound
 
@@ -17,8 +18,19 @@ from tests.data.clips import indices, make_clip, make_image, make_sound
 def decode(
     data: bytes, *, frames: int, fps: float = 8, size: tuple[int, int] = (48, 64), seed: int | None = None
 ) -> Tensor:
-    crop: Crop = "center" if seed is None else "random"
-    return decode_video(data, fps=fps, frames=frames, size=size, generator=fold(seed or 0), crop=crop)
+    pixels = np.empty((frames, *size, 3), np.uint8)
+    decode_video(data, pixels, fps=fps, place=CENTER if seed is None else drawn(seed))
+    return torch.from_numpy(pixels)
+
+
+def drawn(seed: int) -> Place:
+    return Place(*torch.rand(3, generator=fold(seed), dtype=torch.float64).tolist())
+
+
+def image(data: bytes, place: Place = CENTER, *, size: tuple[int, int] = (48, 64)) -> Tensor:
+    pixels: Pixels = np.empty((1, *size, 3), np.uint8)
+    decode_image(data, pixels, place=place)
+    return torch.from_numpy(pixels)
 
 
 def shown_at(starts: list[float], times: list[float]) -> list[int]:
@@ -81,7 +93,7 @@ def test_the_planner_and_the_decoder_agree_on_what_fits(rate: int) -> None:
         clip = make_clip(frames, rate, container="matroska")
         found = probe(clip)
         for needed in (1, 2, 5, 9, 13):
-            if covers(found.frames / found.fps, frames=needed, fps=8):
+            if covered(np.array([found.frames / found.fps]), frames=needed, fps=8)[0]:
                 assert len(decode(clip, frames=needed, seed=needed)) == needed
             else:
                 with pytest.raises(DecodeError, match="too short"):
@@ -141,7 +153,7 @@ def test_nothing_is_enlarged() -> None:
 
 
 def test_an_image_of_the_size_keeps_its_pixels() -> None:
-    pixels = decode_image(make_image(), size=(48, 64), generator=fold(0), crop="random")
+    pixels = image(make_image(), drawn(0))
     assert pixels.shape == (1, 48, 64, 3)
     assert torch.equal(pixels[0, :, 0, 0], torch.arange(48, dtype=torch.uint8))
     assert torch.equal(pixels[0, 0, :, 1], torch.arange(64, dtype=torch.uint8))
@@ -151,17 +163,17 @@ def test_crops_move_in_whole_pixels_over_all_that_there_is() -> None:
     data = make_image(48, 70)
     lefts = set()
     for seed in range(60):
-        row = decode_image(data, size=(48, 64), generator=fold(seed), crop="random")[0, 0, :, 1].int()
+        row = image(data, drawn(seed))[0, 0, :, 1].int()
         assert torch.equal(row, torch.arange(64, dtype=torch.int32) + row[0])
         lefts.add(row[0].item())
     assert lefts == set(range(7))
-    assert decode_image(data, size=(48, 64), generator=fold(0), crop="center")[0, 0, 0, 1] == 3
+    assert image(data)[0, 0, 0, 1] == 3
 
 
 def test_scaling_down_is_antialiased() -> None:
     checks = np.indices((96, 128)).sum(0) % 2 * 255
     file = Image.fromarray(checks.astype(np.uint8)).convert("RGB")
-    pixels = decode_image(png(file), size=(48, 64), generator=fold(0), crop="center").int()
+    pixels = image(png(file)).int()
     assert (pixels[:, 4:-4, 4:-4] - 128).abs().max() <= 2
 
 
@@ -172,16 +184,14 @@ def png(image: Image.Image) -> bytes:
 
 
 def test_transparency_is_shown_on_white() -> None:
-    pixels = decode_image(
-        png(Image.new("RGBA", (64, 48), (0, 0, 0, 0))), size=(48, 64), generator=fold(0), crop="center"
-    )
+    pixels = image(png(Image.new("RGBA", (64, 48), (0, 0, 0, 0))))
     assert pixels.min() == 255
 
 
 def test_an_image_is_turned_upright() -> None:
     data = make_image(64, 48, kind="JPEG", exif=6)
     assert probe_image(data) == (1, 0.0, 48, 64, -90)
-    assert decode_image(data, size=(48, 64), generator=fold(0), crop="center").shape == (1, 48, 64, 3)
+    assert image(data).shape == (1, 48, 64, 3)
 
 
 def test_damaged_images_are_refused() -> None:

@@ -393,7 +393,7 @@ def test_a_set_without_a_usable_clip_is_no_set(studio: Studio) -> None:
 def test_another_folder_is_refused_and_left_alone(studio: Studio) -> None:
     (studio.root / "home").mkdir()
     (studio.root / "home" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"home already exists and is no set of encoded clips .*it has no index.jsonl"):
+    with pytest.raises(ValueError, match=r"home already exists and is no set of encoded clips .*it has no index.arrow"):
         studio.run(name="home")
     facts = {"source": "v", "kind": "video", "frames": 9, "fps": 8.0, "height": 4, "width": 4, "caption_length": 3}
     write_shards(studio.root / "clips", [("a", {"mp4": b"video"}, facts)])

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cogvideo_dist.data.shards import ShardReader, read_index
+from cogvideo_dist.data.index import Index
+from cogvideo_dist.data.shards import ShardReader
 from data_tools.make_shards import byte_count, main
 from tests.data.clips import add, make_clip, make_image, make_sound
 
@@ -38,7 +39,7 @@ def test_clips_and_images_become_shards(tmp_path: Path, capsys: pytest.CaptureFi
     assert (code, err) == (0, [])
     assert len(out) == 1
     assert "wrote 1 image, 1 video" in out[0]
-    image, video = read_index(tmp_path / "dst")
+    image, video = Index.read(tmp_path / "dst")
     assert (image.source, image.kind, image.frames, image.fps, image.caption_length) == (
         "images/b.png",
         "image",
@@ -48,7 +49,7 @@ def test_clips_and_images_become_shards(tmp_path: Path, capsys: pytest.CaptureFi
     )
     assert (video.source, video.kind, video.frames, video.fps) == ("videos/sub/a.mp4", "video", 12, 24.0)
     assert (video.height, video.width) == (48, 64)
-    assert sorted(files(tmp_path / "dst")) == ["index.jsonl", "rejected.jsonl", "shard-000000.tar"]
+    assert sorted(files(tmp_path / "dst")) == ["index.arrow", "index.json", "rejected.jsonl", "shard-000000.tar"]
 
 
 def test_the_same_source_gives_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +99,7 @@ def test_each_bad_file_has_its_line_and_the_others_are_written(
     rejected = json.loads((tmp_path / "dst" / "rejected.jsonl").read_text())
     assert rejected["source"] == name
     assert rejected["reason"].startswith(reason)
-    assert [record.source for record in read_index(tmp_path / "dst")] == ["videos/good.mp4"]
+    assert [record.source for record in Index.read(tmp_path / "dst")] == ["videos/good.mp4"]
     assert "rejected 1" in out[-1]
     assert run(capsys, tmp_path / "src", tmp_path / "dst2", "--allow-rejects")[0] == 0
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import pytest
 
 from cogvideo_dist.config.schema import Data
-from cogvideo_dist.data.plan import HELD_OUT, Plan, assign_size
-from cogvideo_dist.data.shards import Kind, Member, Record
+from cogvideo_dist.data.catalog import Catalog
+from cogvideo_dist.data.index import Index, Kind, Member, Record
+from cogvideo_dist.data.plan import HELD_OUT, Plan
+from cogvideo_dist.data.sizes import assign_size
 from cogvideo_dist.protocols import Slot
 from tests.data.clips import geometry, settings
 
@@ -15,7 +17,7 @@ from tests.data.clips import geometry, settings
 def record(
     key: int, *, frames: int = 9, fps: float = 8, size: tuple[int, int] = (48, 64), kind: Kind = "video"
 ) -> Record:
-    members = {"mp4": Member(0, 1, "0" * 64)}
+    members = {"mp4": Member(0, 1, "0" * 32)}
     return Record(
         key=f"{key:08d}", source=f"{key}.mp4", shard="a.tar", kind=kind, members=members, frames=frames,
         fps=0.0 if kind == "image" else fps, height=size[0], width=size[1], caption_length=1,
@@ -30,7 +32,7 @@ def mixed(count: int = 40) -> list[Record]:
 
 
 def plan(records: Sequence[Record], seed: int = 0, **changes: object) -> Plan:
-    return Plan(records, settings(**changes), seed=seed, geometry=geometry)
+    return Plan(Catalog([Index.of(records)]), settings(**changes), seed=seed, geometry=geometry)
 
 
 def slots(made: Plan, steps: range) -> list[Slot]:

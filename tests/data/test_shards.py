@@ -1,16 +1,21 @@
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import dataclasses
 import json
+import math
 import tarfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import webdataset
 from safetensors.torch import save
 
-from cogvideo_dist.data.shards import DataError, Record, ShardReader, read_index
+from cogvideo_dist.data.index import ABOUT, INDEX, Index, IndexWriter, Member, Record, checksum
+from cogvideo_dist.data.shards import DataError, ShardReader
 from cogvideo_dist.data.writing import write_shards
 from cogvideo_dist.protocols import Defect
 from tests.data.clips import make_clip, make_image, make_shards
@@ -32,14 +37,6 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> ShardReader:
 
 def member_of(record: Record) -> str:
     return next(ext for ext in record.members if ext not in ("txt", "json"))
-
-
-def edit(folder: Path, old: str, new: str) -> Path:
-    index = folder / "index.jsonl"
-    text = index.read_text()
-    assert old in text
-    index.write_text(text.replace(old, new, 1))
-    return index
 
 
 def write_one(folder: Path) -> Path:
@@ -74,13 +71,13 @@ def test_offsets_and_digests_are_those_of_the_tar(reader: ShardReader) -> None:
                 info = tar.getmember(f"{record.key}.{extension}")
                 assert (info.offset_data, info.size) == (member.offset, member.size)
                 content = data[member.offset : member.offset + member.size]
-                assert hashlib.sha256(content).hexdigest() == member.sha256
+                assert checksum(content) == member.checksum
 
 
 def test_shards_keep_to_their_size(tmp_path: Path) -> None:
     entries = [(str(i), {"mp4": bytes(1000), "txt": b"cap"}, VIDEO) for i in range(10)]
     written = write_shards(tmp_path / "d", entries, max_shard_size=4000)
-    assert [record.shard for record in read_index(tmp_path / "d")] == [f"shard-{i // 3:06d}.tar" for i in range(10)]
+    assert [record.shard for record in Index.read(tmp_path / "d")] == [f"shard-{i // 3:06d}.tar" for i in range(10)]
     assert (written.shards, written.samples) == (4, 10)
 
 
@@ -105,7 +102,7 @@ def test_rejected_samples_are_listed(tmp_path: Path) -> None:
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
-    old = write_one(tmp_path / "d").joinpath("index.jsonl").read_bytes()
+    old = write_one(tmp_path / "d").joinpath(INDEX).read_bytes()
 
     def failing():  # type: ignore[no-untyped-def]
         yield "a", {"mp4": b"new"}, VIDEO
@@ -115,7 +112,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="power cut"):
             write_shards(tmp_path / folder, failing(), overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
-    assert (tmp_path / "d" / "index.jsonl").read_bytes() == old
+    assert (tmp_path / "d" / INDEX).read_bytes() == old
 
 
 def test_only_a_folder_of_shards_is_overwritten(tmp_path: Path) -> None:
@@ -123,7 +120,7 @@ def test_only_a_folder_of_shards_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="already exists"):
         write_one(tmp_path / "d")
     write_shards(tmp_path / "d", [("z", {"mp4": b"new"}, VIDEO)], overwrite=True)
-    assert [record.key for record in read_index(tmp_path / "d")] == ["z"]
+    assert [record.key for record in Index.read(tmp_path / "d")] == ["z"]
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="not a folder of shards"):
@@ -165,31 +162,100 @@ def test_a_missing_or_short_shard_is_found_at_once(tmp_path: Path) -> None:
         ShardReader(tmp_path / "d")
 
 
+def rows(folder: Path) -> list[Record]:
+    return list(Index.read(write_one(folder / "given")))
+
+
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
+    ("column", "value", "message"),
     [
-        ('"fps": 8.0', '"fps": NaN', "fps: Input should be a finite number"),
-        ('"fps": 8.0', '"fps": 1e400', "fps: Input should be a finite number"),
-        ('"fps": 8.0', '"fps": -1', "fps and caption_length at least 0"),
-        ('"frames": 9', '"frames": "9"', "frames: Input should be a valid integer"),
-        ('"frames": 9', '"frame": 9', "frame"),
-        ('"kind": "video"', '"kind": "song"', "kind: Input should be"),
-        ('"shard": "shard-000000.tar"', '"shard": "../../etc/passwd"', "shard"),
-        ('"key": "a"', '"key": "b"', "key b is listed twice"),
-        ('"key": "a"', '"key": "../a"', "key '../a'"),
-        ("{", "", "Invalid JSON"),
+        ("fps", math.nan, "an impossible caption or fps"),
+        ("fps", 1e400, "an impossible caption or fps"),
+        ("fps", -1.0, "an impossible caption or fps"),
+        ("fps", 0.0, "a video without frames per second"),
+        ("frames", 0, "frames, height or width below 1"),
+        ("kind", 9, "an unknown kind"),
+        ("shard", 7, "an unknown shard"),
+        ("key", "../a", "a key of other characters"),
+        ("key", "b", "key 'b' is listed twice"),
     ],
 )
-def test_a_wrong_index_is_refused_with_file_and_line(tmp_path: Path, old: str, new: str, message: str) -> None:
-    edit(write_one(tmp_path / "d"), old, new)
-    with pytest.raises(ValueError, match=r"index.jsonl:[12]: ") as caught:
-        read_index(tmp_path / "d")
+def test_a_wrong_index_is_refused_with_its_row(tmp_path: Path, column: str, value: object, message: str) -> None:
+    """The table of two samples, written with a wrong value in the first."""
+    writer = IndexWriter()
+    for record in rows(tmp_path):
+        writer.add(record)
+    (writer.key if column == "key" else writer.plain[column])[0] = value  # type: ignore[call-overload]
+    writer.write(tmp_path)
+    with pytest.raises(ValueError, match=r"index.arrow cannot be read as an index: ") as caught:
+        Index.read(tmp_path)
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shard": "../../etc/passwd"}, "shard"),
+        ({"shard": "/etc/a.tar"}, "shard"),
+        ({"key": "a.b"}, "key 'a.b'"),
+        ({"fps": math.inf}, "fps and caption_length"),
+        ({"kind": "song"}, "kind 'song'"),
+        ({"members": {}}, "at least one"),
+        ({"members": {"mp4": Member(0, 1, "xyz")}}, "checksum"),
+    ],
+)
+def test_an_impossible_record_cannot_be_made(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(rows(tmp_path)[0], **change)
+
+
+def test_a_record_comes_back_whole(tmp_path: Path) -> None:
+    first, second = rows(tmp_path)
+    origins = (
+        {"vae": "ab", "addresses": {"text": "1"}},
+        {"vae": "ab", "addresses": {"text": "2"}, "caption_tokens": 300},
+    )
+    given = [
+        dataclasses.replace(first, origin=origins[0], scores={"aesthetic": 5.5}, caption="json:text", rotation=-90),
+        dataclasses.replace(second, kind="latent", size=(9, 48, 64), origin=origins[1], shard="deep/er/x y.tar"),
+    ]
+    writer = IndexWriter()
+    for record in given:
+        writer.add(record)
+    writer.write(tmp_path, root="s3://bucket/set")
+    index = Index.read(tmp_path)
+    assert list(index) == given
+    assert (index.root, index.common, index[-1]) == ("s3://bucket/set", {"vae": "ab"}, given[1])
+    assert index.column("frames").tolist() == [9, 9]
+    assert index.scores("aesthetic")[0] == 5.5
+    assert np.isnan(index.scores("aesthetic")[1])
+    assert index.origin_numbers("caption_tokens")[1] == 300
+    with pytest.raises(ValueError, match="has no score 'motion', only aesthetic"):
+        index.scores("motion")
+
+
+def test_any_changed_byte_of_an_index_is_found(tmp_path: Path) -> None:
+    folder = write_one(tmp_path / "d")
+    for name in (INDEX, ABOUT):
+        whole = (folder / name).read_bytes()
+        for place in range(0, len(whole), 7):
+            (folder / name).write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+            with contextlib.suppress(ValueError):
+                assert [record.key for record in Index.read(folder)] == ["a", "b"]
+                assert name == ABOUT  # what nobody reads of it, such as its spaces
+        (folder / name).write_bytes(whole[:-1])
+        with contextlib.suppress(ValueError):
+            Index.read(folder)
+            assert name == ABOUT
+        (folder / name).write_bytes(whole)
+
+
 def test_no_index_and_an_empty_one_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"index.jsonl: no such file; .*make_shards"):
-        read_index(tmp_path)
-    (tmp_path / "index.jsonl").touch()
+    with pytest.raises(ValueError, match=r"index.json: no such file; .*make_shards.*index_shards"):
+        Index.read(tmp_path)
+    IndexWriter().write(tmp_path)
     with pytest.raises(ValueError, match="lists no samples"):
-        read_index(tmp_path)
+        Index.read(tmp_path)
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(ValueError, match=r"index.arrow: no such file"):
+        Index.read(tmp_path)

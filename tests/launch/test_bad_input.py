@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from cogvideo_dist.data.catalog import Catalog
+from cogvideo_dist.data.index import Index
 from cogvideo_dist.data.plan import Plan
-from cogvideo_dist.data.shards import ShardReader, read_index
+from cogvideo_dist.data.shards import ShardReader
 from launch import train_dit, train_vae
-from launch.compose import transformer_geometry
+from launch.compose import TransformerGeometry
 from tests.data.clips import add, make_clip
 from tests.launch.commands import finish, start
 from tests.launch.world import SIZES, World, outcome, pack, read_log, report, train, try_train
@@ -76,7 +78,7 @@ def test_the_autoencoder_is_not_trained_on_latents(world: World, monkeypatch: py
         (
             "data.shards=gone",
             1,
-            "gone/index.jsonl: no such file; a folder of shards is made by data_tools/make_shards.py",
+            "gone/index.json: no such file; a folder of shards is made by data_tools/make_shards.py",
         ),
         ("data.tokens_per_pack=70", 1, "none of the 8 samples is left to train on (6 larger than a pack, 2 held out)"),
         ("data.held_out=8", 1, "none of the 8 samples is left to train on (8 held out)"),
@@ -177,7 +179,7 @@ def test_a_damaged_clip_is_replaced_counted_and_listed(world: World, tmp_path: P
     assert ranks[0][0] == 0
     (source,) = {line["source"] for line in report(run)}
     assert source == "videos/1.mp4"
-    assert all("are damaged (their SHA-256 is not the index's)" in line["reason"] for line in report(run))
+    assert all("are damaged (their checksum is not the index's)" in line["reason"] for line in report(run))
     assert all(line["replaced_by"] for line in report(run))
     assert sum(entry.get("data/replaced_samples", 0) for entry in read_log(run)) == len(report(run)) > 0
     said = ranks[0][2].replace("\r", "\n")
@@ -189,8 +191,8 @@ def test_a_damaged_held_out_clip_is_listed_too(world: World, tmp_path: Path) -> 
     run = tmp_path / "run"
     changes = ("train.steps=2", "data.held_out=5")
     config = world.config(run, *changes)
-    records = read_index(config.data.shards)
-    plan = Plan(records, config.data, seed=config.run.seed, geometry=transformer_geometry(config.model.transformer()))
+    records = Catalog([Index.read(config.data.shards)])
+    plan = Plan(records, config.data, seed=config.run.seed, geometry=TransformerGeometry(config.model.transformer()))
     name = next(records[slot.index].source for slot in plan.held_out if slot.size[0] > 1)
     code, _, _ = attempt(world, run, *changes, f"data.shards={damaged(world, tmp_path / 'shards', name)}")
     assert code == 0

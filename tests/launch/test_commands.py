@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from safetensors.torch import load_file
 
-from cogvideo_dist.data.shards import read_index
+from cogvideo_dist.data.index import Index
 from cogvideo_dist.engine.checkpoint import load, newest
 from cogvideo_dist.models.init import draw_parameters
 from launch.compose import build_transformer, load_vae
@@ -170,7 +170,7 @@ LATENTS = ("data.source=latents", "frozen.vae=null", "frozen.text=null")
 
 
 def test_latents_carry_what_made_them(latents: Path) -> None:
-    origins = [record.origin for record in read_index(latents)]
+    origins = [record.origin for record in Index.read(latents)]
     assert all(origin["scaling_factor"] == 0.7 and origin["text_length"] == LENGTH for origin in origins)
     assert all(0 < origin["caption_tokens"] <= LENGTH for origin in origins)
     assert len({origin["vae"] for origin in origins}) == 1

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from safetensors.torch import load
 
 from cogvideo_dist.config.load import ConfigError
 from cogvideo_dist.convert import diffusers as hf
+from cogvideo_dist.data.catalog import Catalog
+from cogvideo_dist.data.index import Index, IndexWriter
 from cogvideo_dist.data.loader import read_sample
 from cogvideo_dist.data.shards import ShardReader
 from cogvideo_dist.data.workshop import share
@@ -216,12 +219,12 @@ def test_clips_that_cannot_be_used_are_listed_once_with_the_same_bytes(world: Wo
     """Too small for every size; with fewer frames than the index promises; a byte that flipped on the disk."""
     add(world.root / "clips", "videos/small.mp4", make_clip(12, 8, size=(16, 16)), "Too small.")
     change(world, "videos/short.mp4", make_clip(3, 8, size=(48, 64)), "Most of it is missing.")
-    index = world.root / "shards" / "index.jsonl"
-    lines = [json.loads(line) for line in index.read_text().splitlines()]
-    short, one = (next(line for line in lines if line["source"] == f"videos/{name}.mp4") for name in ("short", "1"))
-    short["frames"] = 12
-    index.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    flip(world, one["members"]["mp4"][0] + 50)
+    records, writer = list(Index.read(world.root / "shards")), IndexWriter()
+    for record in records:
+        writer.add(replace(record, frames=12) if record.source == "videos/short.mp4" else record)
+    writer.write(world.root / "shards")
+    one = next(record for record in records if record.source == "videos/1.mp4")
+    flip(world, one.members["mp4"].offset + 50)
     said = list[str]()
     for out, tasks in ((tmp_path / "a", 1), (tmp_path / "b", 3)):
         for task in range(tasks):
@@ -233,12 +236,12 @@ def test_clips_that_cannot_be_used_are_listed_once_with_the_same_bytes(world: Wo
     assert len(rejected) == 3
     assert reasons["videos/short.mp4"] == "lasts 0.375 s, too short for 9 frames at 8 per second"
     assert reasons["videos/small.mp4"].startswith("too small: 16 x 16 would have to be enlarged")
-    assert reasons["videos/1.mp4"].endswith("are damaged (their SHA-256 is not the index's)")
+    assert reasons["videos/1.mp4"].endswith("are damaged (their checksum is not the index's)")
     assert done(world, tmp_path / "a") == [
         f"{tmp_path / 'a'} is up to date, nothing to encode",
         "worker 0 of 1: encoded 0 clips and 0 captions, reused 7, unusable 3",
     ]
-    flip(world, one["members"]["mp4"][0] + 50)
+    flip(world, one.members["mp4"].offset + 50)
     assert done(world, tmp_path / "a") == [
         f"{tmp_path / 'a'} is brought up to date; clips: 1 (new); captions: 1 (new)",
         f"8 samples encoded into {tmp_path / 'a'}, 2 could not be used",
@@ -361,7 +364,7 @@ def test_semantics_and_tiling_are_those_of_the_configuration_and_checked_by_runs
     reader, clips = ShardReader(tmp_path / "out"), ShardReader(world.root / "shards")
     for record in reader.records:
         source = next(clip for clip in clips.records if clip.source == record.source)
-        sample = read_sample(clips, source, slot=Slot(0, 0, (13, 32, 32)), seed=0, fps=8.0, crop="center")
+        sample = read_sample(clips, source, slot=Slot(0, 0, (13, 32, 32)), fps=8.0)
         with torch.no_grad():
             expected = vae.encode(
                 to_video([sample], torch.zeros(())), semantics, tiling=Tiling((2, 2)) if tiling else None
@@ -371,19 +374,23 @@ def test_semantics_and_tiling_are_those_of_the_configuration_and_checked_by_runs
         assert torch.equal(found["logvar"], expected.logvar[0])
     changes = (f"data.shards={tmp_path / 'out'}", "data.source=latents", *use)
     config = world.config(tmp_path / "run", *changes)
-    assert check_latents(config, reader.records, vae=vae) == 0.7
-    assert check_latents(world.config(tmp_path / "run", *changes[:2]), reader.records, vae=None) == 0.7
+    assert check_latents(config, Catalog([reader.records]), vae=vae) == 0.7
+    assert check_latents(world.config(tmp_path / "run", *changes[:2]), Catalog([reader.records]), vae=None) == 0.7
     other = {True: "2x2 overlapping 0x0", False: "none"}
     with pytest.raises(
         ConfigError, match=f"made with tiling {other[tiling]}, but frozen.vae_tiling has {other[not tiling]}"
     ):
         check_latents(
-            world.config(tmp_path / "run", *changes, f"frozen.vae_tiling={not tiling}"), reader.records, vae=vae
+            world.config(tmp_path / "run", *changes, f"frozen.vae_tiling={not tiling}"),
+            Catalog([reader.records]),
+            vae=vae,
         )
     wrong = "chunked" if semantics == "whole" else "whole"
     with pytest.raises(
         ConfigError, match=f"semantics {semantics}, but frozen.vae_semantics has {wrong}; .* or change "
     ):
         check_latents(
-            world.config(tmp_path / "run", *changes, f"frozen.vae_semantics={wrong}"), reader.records, vae=vae
+            world.config(tmp_path / "run", *changes, f"frozen.vae_semantics={wrong}"),
+            Catalog([reader.records]),
+            vae=vae,
         )

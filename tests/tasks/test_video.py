@@ -21,7 +21,7 @@ from cogvideo_dist.parallel.mesh import Axis, ParallelMesh
 from cogvideo_dist.protocols import Batch
 from cogvideo_dist.rng import fold
 from cogvideo_dist.tasks.video import FrozenModels, VideoTask
-from launch.compose import RankData, build_transformer, load_frozen, transformer_geometry
+from launch.compose import RankData, TransformerGeometry, build_transformer, load_frozen
 from tests.launch.world import World
 
 CPU = torch.device("cpu")
@@ -34,8 +34,8 @@ def mesh(rank: int, size: int) -> ParallelMesh:
 
 
 def data(config: DiTRun, rank: int = 0, size: int = 1) -> RankData:
-    geometry = transformer_geometry(config.model.transformer())
-    return RankData(config.data, seed=config.run.seed, geometry=geometry, mesh=mesh(rank, size))
+    geometry = TransformerGeometry(config.model.transformer())
+    return RankData(config.data, run=config.run, geometry=geometry, mesh=mesh(rank, size))
 
 
 def batches(config: DiTRun, step: int, *, rank: int = 0, size: int = 1) -> list[Batch]:
@@ -77,7 +77,8 @@ def plain_errors(config: DiTRun, task: VideoTask, step: int) -> tuple[Tensor, Te
     vae, text = task.frozen.vae, task.frozen.text
     assert vae is not None
     assert text is not None
-    samples = [sample for batch in batches(config, step) for sample in batch.samples]
+    in_order = sorted(batches(config, step), key=lambda batch: batch.first)
+    samples = [sample for batch in in_order for sample in batch.samples]
     errors, counts = [], []
     with torch.no_grad():
         for sample, timestep in zip(samples, stratified_timesteps(SEED, step, clips=len(samples))):
