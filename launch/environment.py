@@ -13,13 +13,16 @@ from typing import NamedTuple, TypedDict
 import torch
 
 from cogvideo_dist.config.load import ConfigError
+from cogvideo_dist.data.pool import WorkerError
+from cogvideo_dist.data.storage import StorageError
 from cogvideo_dist.engine.checkpoint import CheckpointError
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, Place, start
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-REFUSED, NON_FINITE, INTERRUPTED, FAILED = 78, 70, 130, 1
-"""Exit codes: the configuration or checkpoint cannot be run; loss not finite; Ctrl-C; any other error of the user's input."""
+REFUSED, NON_FINITE, TRANSIENT, INTERRUPTED, FAILED = 78, 70, 76, 130, 1
+"""Exit codes: the configuration or checkpoint cannot be run; loss not finite; the storage does not answer or workers die, so
+that the same command may well succeed later; Ctrl-C; any other error of the user's input."""
 
 PATIENCE_S = 3.0
 """How long other ranks hold back an error that the first rank will most likely report as well."""
@@ -163,6 +166,8 @@ def run_command(name: str, main: Callable[[], None]) -> None:
         _leave(name, rank, f"error: {error}", REFUSED)
     except FloatingPointError as error:
         _leave(name, rank, f"error: {error}", NON_FINITE)
+    except (StorageError, WorkerError) as error:
+        _leave(name, rank, f"error: {error}", FAILED if getattr(error, "missing", False) else TRANSIENT)
     except (ValueError, OSError) as error:
         _leave(name, rank, f"error: {error}", FAILED)
 

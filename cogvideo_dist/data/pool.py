@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from cogvideo_dist.data.index import Record
 from cogvideo_dist.data.reading import Arena, ArenaFull, Content, Cut, expected_bytes, read_content
 from cogvideo_dist.data.shards import DataError
-from cogvideo_dist.data.storage import Store
+from cogvideo_dist.data.storage import StorageError, Store
 from cogvideo_dist.data.worker import PACKET, to_content, to_message
 
 DEPTH = 2
@@ -148,7 +148,7 @@ class Pool:
     is waited for.
 
     ``submit`` gives a ticket for ``result``, which returns what was read, or raises ``DataError`` (the bytes are at fault),
-    ``OSError`` (the storage is) or ``WorkerError``.
+    ``StorageError`` (the storage is) or ``WorkerError``.
     """
 
     def __init__(self, stores: Sequence[Store], *, workers: int, memory: int, limits: Limits | None = None) -> None:
@@ -302,7 +302,7 @@ class Pool:
             job.size = message["needed"]
             heapq.heappush(self._waiting, (job.ticket, job))
         elif "storage" in message:
-            self._deliver(job, OSError(f"sample {record.key}: {message['storage']}"))
+            self._deliver(job, StorageError(f"sample {record.key}: {message['storage']}", missing=message["missing"]))
         else:
             self._deliver(job, WorkerError(f"a data worker failed at sample {record.key}:\n{message['bug']}"))
 

@@ -90,7 +90,7 @@ def _answer(
     except MemoryError:
         return {"defect": {"reason": "decoding it takes more memory than a worker may use", "code": "too large"}}
     except OSError as error:
-        return {"storage": str(error) or type(error).__name__}
+        return {"storage": str(error) or type(error).__name__, "missing": getattr(error, "missing", False)}
     except Exception:  # the parent raises it, with its traceback
         return {"bug": traceback.format_exc()[-PACKET // 4 :]}
 
