@@ -58,6 +58,9 @@ def parser() -> Parser:
     options.add_argument(
         "--seed", type=int, help="shuffle the samples over the shards; left out, they keep their order"
     )
+    options.add_argument(
+        "--allow-empty-captions", action="store_true", help="take files whose caption is empty or missing"
+    )
     options.add_argument("--overwrite", action="store_true", help="replace DST if it is a folder of shards")
     options.add_argument("--allow-rejects", action="store_true", help="exit with 0 although files were rejected")
     return options
@@ -87,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sources = [sources[i] for i in order.tolist()]
         written = write_shards(
             options.dst,
-            watched(take_in(sources), len(sources)),
+            watched(take_in(sources, allow_empty=options.allow_empty_captions), len(sources)),
             max_shard_size=options.max_shard_size,
             overwrite=options.overwrite,
         )

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.data.decode import DecodeError
 from cogvideo_dist.data.encoded import ADDRESSES, Clip, EncodedSet, Item, Role, SetPlan, address_of, read_set
 from cogvideo_dist.data.index import REJECTED, Index, Record
-from cogvideo_dist.data.loader import read_clip
+from cogvideo_dist.data.loader import readers, tensor_of
+from cogvideo_dist.data.pool import Task
 from cogvideo_dist.data.reading import Cut, caption_member, media_extension, read_caption
 from cogvideo_dist.data.shards import DataError, ShardReader, shown
 from cogvideo_dist.data.sizes import assign_size
@@ -39,6 +41,9 @@ ROLES = (
     Role("latent", ("latent.safetensors",)),
 )
 
+PASSING = ("damaged bytes", "missing member")
+"""Defects that another copy of the shard need not have."""
+
 CLIPS_PER_SHARD = 80
 """About 1 GB for 49 x 480 x 720: 9 MB of latents and 3.7 MB of text features each."""
 
@@ -57,14 +62,16 @@ def main() -> None:
     plan = SetPlan(planned(config, encoders, reader=reader, old=old), ROLES, options.clips_per_shard)
     if worker.number == 0 and old is not None and (news := changes(plan, old)):
         print(f"{options.out} is brought up to date; {news}", flush=True)
+    clips = Clips(reader, config, plan=plan, stride=worker.workers)
     outcome = build(
         out,
         plan,
-        make=lambda number, role: encoders.make(reader, reader.records[number], clip=plan.clips[number], role=role),
+        make=lambda number, role: encoders.make(reader, number, role=role, clips=clips),
         say=lambda text: tqdm.write(f"encode: {shown(text)}", file=sys.stderr),
         track=lambda steps, total: tqdm(steps, total=total, unit="clip", desc=f"worker {worker.number}"),
         worker=worker,
     )
+    clips.reads.close()
     tell(options.out, outcome, worker=worker, seconds=time.monotonic() - begun)
 
 
@@ -133,16 +140,17 @@ class Encoders:
         caption = {"caption": record.members[caption_member(record)].checksum, "place": record.caption}
         return {"text": address_of({**self.text_facts, **caption}), "latent": address_of({**self.vae_facts, **clip})}
 
-    def make(self, reader: ShardReader, record: Record, *, clip: Clip, role: str) -> Item:
+    def make(self, reader: ShardReader, number: int, *, role: str, clips: Clips) -> Item:
         """The item, or why there is none: for good if the bytes are at fault, for now if they are not those of the index."""
         try:
-            if role == "text":
-                return self._text(read_caption(reader.store, record, allow_empty=self.config.data.empty_captions))
-            return self._latent(read_clip(reader, record, cut=Cut(clip.facts["size"], self.config.data.fps)))
+            if role == "latent":
+                return self._latent(clips.pixels(number))
+            allow = self.config.data.empty_captions
+            return self._text(read_caption(reader.store, reader.records[number], allow_empty=allow))
         except DecodeError as error:
             return Item(reason=str(error))
         except DataError as error:
-            return Item(reason=error.reason, lasting=False)
+            return Item(reason=error.reason, lasting=error.code not in PASSING)
 
     def _text(self, caption: str) -> Item:
         features = self.text.encode([caption])[0].cpu().contiguous()
@@ -154,6 +162,34 @@ class Encoders:
         posterior = encode_pixels(self.vae, pixels[None], semantics=frozen.vae_semantics, tiling=frozen.vae_tiling)
         moments = {"mean": posterior.mean[0].cpu().contiguous(), "logvar": posterior.logvar[0].cpu().contiguous()}
         return Item({"latent.safetensors": save(moments)})
+
+
+class Clips:
+    """Pixels of the clips to encode; the next one of this worker's share is read while one is encoded."""
+
+    def __init__(self, reader: ShardReader, config: DiTRun, *, plan: SetPlan, stride: int) -> None:
+        self.reads, self.records, self.fps = readers([reader.store], config.data), reader.records, config.data.fps
+        self.plan, self.stride = plan, stride
+        self.asked: dict[int, int] = {}
+
+    def pixels(self, number: int) -> torch.Tensor:
+        """uint8 [T, H, W, 3]; raises ``DataError``."""
+        if number not in self.asked:
+            for ticket in self.asked.values():  # of clips that others made meanwhile
+                with suppress(DataError):
+                    self.reads.result(ticket)
+            self.asked.clear()
+            self._ask(number)
+        ticket = self.asked.pop(number)
+        following = number + self.stride
+        if following < len(self.plan.clips) and self.plan.clips[following].refusal is None:
+            self._ask(following)
+        loaded = self.reads.result(ticket)
+        return tensor_of(loaded.content.arrays["pixels"], loaded.memory)
+
+    def _ask(self, number: int) -> None:
+        cut = Cut(self.plan.clips[number].facts["size"], self.fps, captioned=False)
+        self.asked[number] = self.reads.submit(Task(0, self.records[number], cut))
 
 
 def one_set(config: DiTRun) -> str:

@@ -16,8 +16,10 @@ from cogvideo_dist.config.load import ConfigError, load_config
 from cogvideo_dist.config.schema import Data, Size, VAERun, check_size, positive
 from cogvideo_dist.data.catalog import Catalog
 from cogvideo_dist.data.index import Index
-from cogvideo_dist.data.loader import read_sample
+from cogvideo_dist.data.loader import read_ahead, readers, to_sample
 from cogvideo_dist.data.plan import HELD_OUT, Plan
+from cogvideo_dist.data.pool import Task
+from cogvideo_dist.data.reading import Cut
 from cogvideo_dist.data.shards import DataError, ShardReader
 from cogvideo_dist.data.sizes import assign_size
 from cogvideo_dist.engine.checkpoint import file_hash
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = chosen_data(options, source)
     perceptual = None if options.lpips == "none" else load_perceptual(options.lpips, options.lpips_net).to(device)
     slots, unused = chosen_clips(options, source, records=reader.records, data=data)
-    readable = samples(reader, slots, fps=data.fps, unused=unused)
+    readable = samples(reader, slots, data=data, unused=unused)
     clips, shown = measured(readable, source.vae, semantics=options.semantics, perceptual=perceptual)
     if not clips:
         raise ConfigError(f"none of the {len(reader.records)} samples of {options.shards} can be used; {first(unused)}")
@@ -196,13 +198,16 @@ def chosen_clips(
     return slots[: options.count], unused
 
 
-def samples(reader: ShardReader, slots: Sequence[Slot], *, fps: float, unused: list[Defect]) -> Iterator[Sample]:
+def samples(reader: ShardReader, slots: Sequence[Slot], *, data: Data, unused: list[Defect]) -> Iterator[Sample]:
     """The clips, with progress; one whose bytes are at fault is added to ``unused``."""
-    for slot in tqdm(slots, unit="clip"):
-        try:
-            yield read_sample(reader, reader.records[slot.index], slot=slot, fps=fps)
-        except DataError as error:
-            unused.append(Defect(error.key, error.source, error.reason))
+    reads = readers([reader.store], data)
+    tasks = (Task(0, reader.records[slot.index], Cut(slot.size, data.fps)) for slot in slots)
+    for slot, read in zip(tqdm(slots, unit="clip"), read_ahead(reads, tasks)):
+        if isinstance(read, DataError):
+            unused.append(Defect(read.key, read.source, read.reason, code=read.code))
+        else:
+            yield to_sample(read, reader.records[slot.index], slot=slot)
+    reads.close()
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from cogvideo_dist.data.decode import CENTER, Place
 from cogvideo_dist.data.index import Record
 from cogvideo_dist.data.plan import HELD_OUT, Plan
 from cogvideo_dist.data.pool import Loaded, Memory, Pool, Reads, Task
-from cogvideo_dist.data.reading import Arena, Array, Cut, expected_bytes, read_pixels
+from cogvideo_dist.data.reading import Array, Cut
 from cogvideo_dist.data.shards import DataError, ShardReader
 from cogvideo_dist.data.storage import Store
 from cogvideo_dist.pack.layout import PackLayout
@@ -39,18 +39,25 @@ def open_sources(data: Data) -> tuple[Catalog, list[Store]]:
     return Catalog([reader.records for reader in readers]), [reader.store for reader in readers]
 
 
-def read_sample(reader: ShardReader, record: Record, *, slot: Slot, fps: float, place: Place = CENTER) -> Sample:
-    """One clip at the slot's size, in this process; raises ``DataError`` if its bytes do not hold that."""
-    reads = Reads([reader.store])
-    ticket = reads.submit(Task(0, record, Cut(slot.size, fps, place)))
-    return to_sample(reads.result(ticket), record, slot=slot)
+def readers(stores: Sequence[Store], data: Data) -> Reads | Pool:
+    """Who reads from ``stores``: as many workers as ``data`` says, or this process itself."""
+    if not data.workers:
+        return Reads(stores)
+    return Pool(stores, workers=data.workers, memory=int(data.memory_gb * 2**30))
 
 
-def read_clip(reader: ShardReader, record: Record, *, cut: Cut) -> Tensor:
-    """The clip's pixels, uint8 [T, H, W, 3], without its caption; raises ``DecodeError`` for bytes that do not hold what is
-    wanted, ``DataError`` for bytes that are damaged."""
-    memory = torch.empty(expected_bytes(record, cut.size), dtype=torch.uint8).numpy()
-    return tensor_of(read_pixels(reader.store, record, arena=Arena(memory.data), cut=cut), memory)
+def read_ahead(reads: Reads | Pool, tasks: Iterable[Task], *, ahead: int = AHEAD) -> Iterator[Loaded | DataError]:
+    """What each task gives, in their order; the next ones are read meanwhile. Errors of the storage and of workers raise."""
+    coming, asked = iter(tasks), deque[int]()
+    while True:
+        while len(asked) < ahead and (task := next(coming, None)) is not None:
+            asked.append(reads.submit(task))
+        if not asked:
+            return
+        try:
+            yield reads.result(asked.popleft())
+        except DataError as error:
+            yield error
 
 
 def to_sample(loaded: Loaded, record: Record, *, slot: Slot) -> Sample:
@@ -131,13 +138,9 @@ class Loader:
 
     @property
     def reads(self) -> Reads | Pool:
-        """Who reads: workers from the first time that something is asked for, or this process itself."""
+        """Who reads, from the first time that something is asked for."""
         if self._reads is None:
-            if self.data.workers:
-                memory = int(self.data.memory_gb * 2**30)
-                self._reads = Pool(self.stores, workers=self.data.workers, memory=memory)
-            else:
-                self._reads = Reads(self.stores)
+            self._reads = readers(self.stores, self.data)
             weakref.finalize(self, self._reads.close)
         return self._reads
 

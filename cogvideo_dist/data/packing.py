@@ -20,7 +20,7 @@ Mode = Literal["pack", "bucket", "pad"]
 LOOK_AHEAD = 4
 """Steps' worth of clips that wait and from which a step's are chosen."""
 
-PATIENCE = 16
+PATIENCE = 24
 """Steps after which a waiting clip is taken, whatever becomes of the balance."""
 
 ALIKE = 0.25
@@ -120,6 +120,10 @@ class Composer:
         counts = np.diff(np.append(begins, len(order)))
         place = np.arange(len(order)) - np.repeat(begins, counts)
         even = place < np.repeat(counts // self.count * self.count, counts)
+        if self.age[:1].sum() >= PATIENCE and not even[order == 0].any() and np.count_nonzero(~even) < self.count:
+            even[np.flatnonzero(even)[-self.count :]] = (
+                False  # or there would be no round for the clip that waits longest
+            )
         rest = order[~even]
         # The youngest are left over, so that the oldest is always in a round.
         rest = rest[np.argsort(np.argsort(rest)) < len(rest) // self.count * self.count]
@@ -132,7 +136,7 @@ class Composer:
         tokens, costs = self.tokens[rounds].sum(1), self.costs[rounds]
         spread = (costs.max(1) - costs.min(1)) * self.count / np.maximum(costs.sum(1), 1)
         age = self.age[rounds].max(1)
-        urgency = np.where(age >= PATIENCE, age * 1e6, age - PATIENCE * spread)
+        urgency = np.where(age >= PATIENCE, 1e12 - rounds.min(1), age - PATIENCE * spread)
         by = np.argsort(-urgency, kind="stable")
         sizes = -(-tokens // self.count)
         alike = by[(spread[by] <= ALIKE) | (age[by] >= PATIENCE)]

@@ -69,12 +69,13 @@ class Content:
 @dataclass(frozen=True)
 class Cut:
     """What is wanted of a sample: its size, frames per second, and where the cut is. ``allow_empty``: a caption may be empty,
-    or missing."""
+    or missing. ``captioned``: whether the caption is wanted at all."""
 
     size: Size
     fps: float
     place: Place = CENTER
     allow_empty: bool = False
+    captioned: bool = True
 
 
 def read_content(
@@ -93,7 +94,7 @@ def read_content(
                 )
         if record.kind == "latent":
             return _latent(store, record, arena, size=cut.size)
-        caption = read_caption(store, record, allow_empty=cut.allow_empty)
+        caption = read_caption(store, record, allow_empty=cut.allow_empty) if cut.captioned else ""
         return Content(caption, {"pixels": read_pixels(store, record, arena=arena, cut=cut, decoding=decoding)})
     except DecodeError as error:
         raise DataError(record.key, record.source, str(error), error.code) from None

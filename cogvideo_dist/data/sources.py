@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cogvideo_dist.data.decode import probe, probe_image
+from cogvideo_dist.data.probing import Prober
 from cogvideo_dist.data.shards import KINDS, caption_of
 from cogvideo_dist.data.writing import Entry
 from cogvideo_dist.protocols import Defect
@@ -96,18 +96,25 @@ def _name(path: Path) -> str:
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
-def take_in(sources: Iterable[Source]) -> Iterator[Entry]:
-    """Read, decode and describe every source, in order; one that cannot be used becomes a ``Defect``."""
-    for number, source in enumerate(sources):
-        key = f"{number:08d}"
-        try:
-            yield key, *_examine(source)
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            yield Defect(key, source.name, " ".join(reason.split()))
+def take_in(sources: Iterable[Source], *, allow_empty: bool = False) -> Iterator[Entry]:
+    """Read, decode and describe every source, in order; one that cannot be used becomes a ``Defect``.
+
+    ``allow_empty``: a caption may be empty or missing.
+    """
+    prober = Prober(decode=True)
+    try:
+        for number, source in enumerate(sources):
+            key = f"{number:08d}"
+            try:
+                yield key, *_examine(source, prober, allow_empty=allow_empty)
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+                yield Defect(key, source.name, " ".join(reason.split()))
+    finally:
+        prober.close()
 
 
-def _examine(source: Source) -> tuple[dict[str, bytes], dict[str, Any]]:
+def _examine(source: Source, prober: Prober, *, allow_empty: bool) -> tuple[dict[str, bytes], dict[str, Any]]:
     """(members, facts) of a source; raises ``ValueError`` or ``OSError`` with the reason why it cannot be used."""
     extension = source.path.suffix[1:].lower()
     kind = KINDS.get(extension)
@@ -126,9 +133,11 @@ def _examine(source: Source) -> tuple[dict[str, bytes], dict[str, Any]]:
         )
     elif source.caption.is_file():
         text = source.caption.read_bytes()
+    elif allow_empty:
+        text = b""
     else:
         raise ValueError(f"no caption: {source.caption} does not exist")
-    caption = caption_of(text)
-    found = probe(data) if kind == "video" else probe_image(data)
+    caption = caption_of(text, allow_empty=allow_empty)
+    found = prober.probe(data, kind=kind)
     facts = {"source": source.name, "kind": kind, **found._asdict(), "caption_length": len(caption)}
     return {extension: data, "txt": text}, facts

@@ -111,7 +111,7 @@ def to_record(message: Mapping[str, Any]) -> Record:
 
 
 def to_cut(message: Mapping[str, Any]) -> Cut:
-    return Cut(tuple(message["size"]), message["fps"], Place(*message["place"]), message["allow_empty"])
+    return Cut(**{**message, "size": tuple(message["size"]), "place": Place(*message["place"])})
 
 
 def to_content(message: Mapping[str, Any]) -> Content:

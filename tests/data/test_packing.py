@@ -97,6 +97,17 @@ def test_whoever_waits_longest_is_taken_in_the_end() -> None:
     assert (step - pool.since).max() <= 2 * PATIENCE
 
 
+def test_whoever_waits_longest_has_a_round_even_if_nobody_is_like_it() -> None:
+    """One large clip, and a multiple of small ones, which make rounds among themselves."""
+    classes = Classes.of([90, 7], [50.0, 1.0], budget=100)
+    numbers = np.array([0, *[1] * 240])
+    pool = Pool().joined(Draws(np.zeros(241, np.int64), np.arange(241)), numbers, step=0)
+    for step, taken in ((PATIENCE - 1, False), (PATIENCE, True)):
+        packs = compose(pool, classes, mode="pack", packs=4, step=step)
+        assert bool(0 in np.concatenate(packs)) == taken
+        assert all(classes.tokens[numbers[pack]].sum() <= 100 for pack in packs)
+
+
 def test_packs_are_dealt_evenly() -> None:
     """Every rank as many, in each micro-step neighbours by cost, and sums closer than a pack."""
     generator = np.random.default_rng(2)

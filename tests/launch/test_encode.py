@@ -24,7 +24,9 @@ from cogvideo_dist.config.load import ConfigError
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.data.catalog import Catalog
 from cogvideo_dist.data.index import Index, IndexWriter
-from cogvideo_dist.data.loader import read_sample
+from cogvideo_dist.data.loader import to_sample
+from cogvideo_dist.data.pool import Reads, Task
+from cogvideo_dist.data.reading import Cut
 from cogvideo_dist.data.shards import ShardReader
 from cogvideo_dist.data.workshop import share
 from cogvideo_dist.models.init import draw_parameters
@@ -364,7 +366,9 @@ def test_semantics_and_tiling_are_those_of_the_configuration_and_checked_by_runs
     reader, clips = ShardReader(tmp_path / "out"), ShardReader(world.root / "shards")
     for record in reader.records:
         source = next(clip for clip in clips.records if clip.source == record.source)
-        sample = read_sample(clips, source, slot=Slot(0, 0, (13, 32, 32)), fps=8.0)
+        reads = Reads([clips.store])
+        loaded = reads.result(reads.submit(Task(0, source, Cut((13, 32, 32), 8.0))))
+        sample = to_sample(loaded, source, slot=Slot(0, 0, (13, 32, 32)))
         with torch.no_grad():
             expected = vae.encode(
                 to_video([sample], torch.zeros(())), semantics, tiling=Tiling((2, 2)) if tiling else None
