@@ -141,6 +141,9 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> None:
 
 
 def _refuse_unknown(kind: Any, values: Any, path: str, places: Places) -> None:
+    if isinstance(values, list):
+        for number, value in enumerate(values):
+            _refuse_unknown(kind, value, f"{path}.{number}", places)
     if not dataclasses.is_dataclass(kind) or not isinstance(values, dict):
         return
     types = typing.get_type_hints(kind)

@@ -99,6 +99,14 @@ def test_a_good_file_becomes_typed_values(tmp_path: Path) -> None:
         ("checkpoint: {every: 5}", "checkpoint: {every: 5, <<: {keep: 2}}", "run.yaml:17: unknown key checkpoint.<<"),
         ("checkpoint: {every: 5}", "checkpoint: {every: 5", "run.yaml: not valid YAML: "),
         ("\n  layers: 4", "\n\tlayers: 4", "run.yaml: not valid YAML: "),
+        ("  shards: shards\n", "", "data must name either shards, one set, or sources, several with their weights"),
+        ("  shards: shards", "  shards: a\n  sources: [{shards: b}]", "data must name either shards, one set, or sources"),
+        ("  shards: shards", "  sources: [{shards: b, weight: 0}]", "data.sources.weight must be above 0, found 0"),
+        ("  shards: shards", "  sources: [{shards: b, top_share: 0.2}]", "data.sources.top_share needs data.sources.score"),
+        ("  shards: shards", "  sources: [{shards: b, wieght: 2}]", "did you mean weight?"),
+        ("  shards: shards", "  shards: a\n  window: 0", "data.window must be above 0, found 0"),
+        ("  shards: shards", "  shards: a\n  mode: packed", "input should be 'pack', 'bucket' or 'pad', found 'packed'"),
+        ("  shards: shards", "  shards: a\n  remote: {retries: -1}", "data.remote.retries be >= 0"),
     ],
 )  # fmt: skip
 def test_whatever_is_wrong_is_refused_in_its_place(tmp_path: Path, old: str, new: str, message: str) -> None:

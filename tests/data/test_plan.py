@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
-from cogvideo_dist.config.schema import Data
+from cogvideo_dist.config.schema import Data, Source
 from cogvideo_dist.data.catalog import Catalog
 from cogvideo_dist.data.index import Index, Kind, Member, Record
 from cogvideo_dist.data.plan import HELD_OUT, Plan
@@ -171,6 +172,32 @@ def test_what_is_dropped_is_listed() -> None:
         ("00000002", "too small"),
     ]
     assert {slot.index for slot in slots(made, range(3))} == {0, 3}
+
+
+def scored(key: int, aesthetic: float | None) -> Record:
+    return replace(record(key), scores={} if aesthetic is None else {"aesthetic": aesthetic})
+
+
+def test_the_best_part_of_a_source_is_kept() -> None:
+    """A fifth of ten samples, by score; one without a score is never among them."""
+    records = [scored(key, None if key == 0 else key % 7 + key / 100) for key in range(10)]
+    source = Source("shards", score="aesthetic", top_share=0.2)
+    made = plan(records, shards=None, sources=(source,))
+    assert made.training.tolist() == [5, 6]
+    whole = plan(records, shards=None, sources=(replace(source, top_share=1.0),))
+    assert whole.training.tolist() == list(range(1, 10))
+    with pytest.raises(ValueError, match="has no score 'motion', only aesthetic"):
+        plan(records, shards=None, sources=(Source("shards", score="motion"),))
+
+
+@pytest.mark.parametrize("mode", ["bucket", "pad"])
+def test_other_modes_lose_nothing_either(mode: str) -> None:
+    found = slots(plan(mixed(37), mode=mode), range(80))
+    assert max(Counter(found).values()) == 1
+    last = max(slot.epoch for slot in found)
+    epochs = Counter(slot.epoch for slot in found)
+    assert last > 5
+    assert all(epochs[epoch] == 37 for epoch in range(last - 3))
 
 
 def test_nothing_left_is_an_error_with_counts() -> None:
