@@ -6,7 +6,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -175,9 +174,7 @@ class Clips:
     def pixels(self, number: int) -> torch.Tensor:
         """uint8 [T, H, W, 3]; raises ``DataError``."""
         if number not in self.asked:
-            for ticket in self.asked.values():  # of clips that others made meanwhile
-                with suppress(DataError):
-                    self.reads.result(ticket)
+            self.reads.discard(self.asked.values())  # of clips that others made meanwhile
             self.asked.clear()
             self._ask(number)
         ticket = self.asked.pop(number)

@@ -185,13 +185,17 @@ class Loader:
     def _batches(self, wanted: Iterable[tuple[StepPlan, int]]) -> Iterator[Batch]:
         coming, asked = iter(wanted), deque[_Asked]()
         ahead = 1 + AHEAD * self.data.workers
-        while True:
-            while len(asked) < ahead and (following := next(coming, None)) is not None:
-                plan, pack = following
-                asked.append(_Asked(plan, pack, [self._ask(slot, slot.index) for slot in plan.packs[pack]]))
-            if not asked:
-                return
-            yield self._batch(asked.popleft())
+        try:
+            while True:
+                while len(asked) < ahead and (following := next(coming, None)) is not None:
+                    plan, pack = following
+                    asked.append(_Asked(plan, pack, [self._ask(slot, slot.index) for slot in plan.packs[pack]]))
+                if not asked:
+                    return
+                yield self._batch(asked.popleft())
+        finally:
+            if self._reads is not None:
+                self._reads.discard(ticket for pack in asked for ticket in pack.tickets)
 
     def _ask(self, slot: Slot, index: int) -> int:
         """Have a slot's clip read, or another in its place."""

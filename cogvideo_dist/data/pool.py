@@ -19,7 +19,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -100,6 +100,10 @@ class Reads:
             except ArenaFull as error:
                 size = error.needed
 
+    def discard(self, tickets: Iterable[int]) -> None:
+        for ticket in tickets:
+            self.tasks.pop(ticket, None)
+
     def close(self) -> None:
         self.tasks.clear()
 
@@ -114,6 +118,7 @@ class _Job:
     deaths: int = 0
     segment: _Segment = field(default_factory=lambda: _NOWHERE)
     outcome: Loaded | BaseException | None = None
+    unwanted: bool = False
 
 
 @dataclass
@@ -163,6 +168,7 @@ class Pool:
         self._returned: deque[_Segment] = deque()
         self._segments = 0
         self._closed = False
+        self._end_of_all: BaseException | None = None
         self._bell, self._ear = socket.socketpair()
         self._bell.setblocking(False)
         self._selector = selectors.DefaultSelector()
@@ -183,6 +189,7 @@ class Pool:
         with self._lock:
             self._next += 1
             self._jobs[job.ticket] = job
+            job.outcome = self._end_of_all
             heapq.heappush(self._waiting, (job.ticket, job))
         self._ring()
         return job.ticket
@@ -198,6 +205,14 @@ class Pool:
         if isinstance(job.outcome, BaseException):
             raise job.outcome
         return job.outcome
+
+    def discard(self, tickets: Iterable[int]) -> None:
+        """What nobody will ask for any more; its memory is free once it has been read."""
+        with self._lock:
+            for ticket in tickets:
+                if (job := self._jobs.pop(ticket, None)) is not None:
+                    job.unwanted = True
+                    job.outcome = None
 
     def close(self) -> None:
         """End the workers and give their memory back."""
@@ -225,12 +240,19 @@ class Pool:
         self._fail(WorkerError("the data workers were ended"))
         for worker in self._workers:
             self._end(worker)
-        while self._workers:
-            self._workers.pop()
+        self._workers.clear()
+        while self._returned:
+            self._put_back(self._returned.popleft())
+        for segment in (segment for segments in self._free.values() for segment in segments):
+            os.close(segment.handle)
+        self._free.clear()
+        for resource in (self._selector, self._bell, self._ear):
+            resource.close()
 
     def _fail(self, error: BaseException) -> None:
         """Whoever waits learns why nothing comes."""
         with self._lock:
+            self._end_of_all = self._end_of_all or error
             for job in self._jobs.values():
                 job.outcome = job.outcome or error
             self._lock.notify_all()
@@ -272,10 +294,14 @@ class Pool:
                 worker.since = time.monotonic()
 
     def _hear(self, worker: _Worker) -> None:
-        try:
-            packet = worker.link.recv(PACKET)
-        except ConnectionError:
-            packet = b""
+        packet = b""
+        with suppress(ConnectionError):
+            try:
+                packet = worker.link.recv(PACKET)
+            except (
+                ConnectionError
+            ):  # said once of a worker that died with work before it; what it sent before is still there
+                packet = worker.link.recv(PACKET)
         if not packet:
             self._bury(worker)
             return
@@ -334,7 +360,7 @@ class Pool:
 
     def _deliver(self, job: _Job, outcome: Loaded | BaseException) -> None:
         with self._lock:
-            job.outcome = outcome
+            job.outcome = None if job.unwanted else outcome
             self._lock.notify_all()
 
     # memory
@@ -346,6 +372,8 @@ class Pool:
         while True:
             worker = min(self._workers, key=lambda w: len(w.jobs))
             with self._lock:
+                while self._waiting and self._waiting[0][1].unwanted:
+                    heapq.heappop(self._waiting)
                 if not self._waiting or len(worker.jobs) >= DEPTH:
                     return
                 ticket, job = self._waiting[0]

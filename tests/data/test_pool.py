@@ -108,6 +108,8 @@ def test_workers_that_die_in_a_row_end_the_run(
         WorkerError, match="7 data workers in a row died without reading anything, the last with exit code 1"
     ):
         pool.result(pool.submit(tasks(reader)[0]))
+    with pytest.raises(WorkerError, match="in a row"):
+        pool.result(pool.submit(tasks(reader)[0]))
 
 
 def pipe(folder: Path) -> tuple[Store, Record]:
@@ -223,6 +225,21 @@ def test_what_is_held_is_not_overwritten(reader: ShardReader, made: list[Pool]) 
     gc.collect()
     assert [content(pool.result(pool.submit(task))) for task in wanted[:5]] == alone[:5]
     assert len(views) == len(wanted)
+
+
+def test_what_is_not_wanted_any_more_gives_its_memory_back(reader: ShardReader, made: list[Pool]) -> None:
+    """A stream that is left in its middle: ready, being read, waiting."""
+    pool = start(made, reader.store, workers=1)
+    wanted = tasks(reader, 2)
+    for _ in range(3):
+        tickets = [pool.submit(task) for task in wanted]
+        pool.result(tickets[2])
+        pool.discard([*tickets[:2], *tickets[3:]])
+    assert content(pool.result(pool.submit(wanted[0]))) == expected(reader, wanted[:1])[0]
+    gc.collect()
+    content(pool.result(pool.submit(wanted[0])))
+    assert not pool._jobs
+    assert pool._held <= 2**20, "what was read last"
 
 
 def test_more_bytes_than_expected_are_given_room(made: list[Pool], tmp_path: Path) -> None:
