@@ -215,8 +215,7 @@ def prepare_folder(config: DiTRun | VAERun, mesh: ParallelMesh, *, plan: Plan, n
     if mesh.is_first:
         with replacing(path) as temporary:
             temporary.write_text(to_yaml(config), encoding="utf-8")
-        with replacing(folder / "data.json") as temporary:
-            temporary.write_text(json.dumps(data_facts(config.data, plan.catalog), indent=1), encoding="utf-8")
+        note_data(config, plan)
         cut = [defect for index in plan.catalog.indexes for defect in cut_captions(index)]
         add_to_report(folder / "data_report.jsonl", [*plan.dropped, *cut])
         for what, defects in (("are not used", plan.dropped), ("have a caption that is cut", cut)):
@@ -244,6 +243,17 @@ def add_to_report(path: Path, defects: Sequence[Defect]) -> None:
     listed = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
     with path.open("a", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in map(report_line, defects) if line not in listed)
+
+
+def note_data(config: DiTRun | VAERun, plan: Plan, *, drawn: Sequence[int] | None = None) -> None:
+    """Write what the run is on to ``data.json``; ``drawn``: clips of each source, for ``skip`` in a later stage."""
+    facts = data_facts(config.data, plan.catalog)
+    if drawn is not None:
+        facts = [
+            {**fact, "drawn": source.skip + count} for fact, source, count in zip(facts, config.data.all_sources, drawn)
+        ]
+    with replacing(Path(config.run.dir) / "data.json") as temporary:
+        temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
 def data_facts(data: Data, catalog: Catalog) -> list[dict[str, Any]]:

@@ -39,8 +39,11 @@ def main() -> None:
     stage("train a tiny autoencoder on 2 ranks with ZeRO-2")
     train("train_vae", ["configs/demo/vae.yaml"], overrides=[f"run.dir={vae}", *paths])
     python("launch/convert.py", "diffusers", vae, out / "vae-export")
-    stage("train a tiny transformer on 2 ranks with ZeRO-2")
     encoders = [f"frozen.vae={out / 'vae-export'}", f"frozen.text={out / 'text'}"]
+    stage("look at the data: sizes, captions, packs, what is cut or dropped")
+    config = ["--config", "configs/demo/dit.yaml", *paths, *encoders]
+    python("data_tools/inspect_shards.py", *config, "--dp", RANKS, "--out", out / "data-report")
+    stage("train a tiny transformer on 2 ranks with ZeRO-2")
     train("train_dit", ["configs/demo/dit.yaml"], overrides=[f"run.dir={dit}", *paths, *encoders])
     stage("sample a prompt")
     prompt = first_caption(out)
@@ -133,6 +136,7 @@ def report(out: Path, *, difference: float, seconds: float) -> None:
 training loss    first {losses[0]:.4f}   last {sum(tail) / len(tail):.4f}   (mean of the last {len(tail)} reports)
 held-out loss    first {held_out[0]:.4f}   last {held_out[-1]:.4f}
 largest difference between our video and CogVideoXPipeline's from the export: {difference:.2e} (of 1)
+data report      {out / "data-report" / "report.html"}
 video            {out / "sample" / "prompt-00.mp4"}
 contact sheet    {out / "sample" / "contact-sheet.png"}
 TensorBoard      tensorboard --logdir {out}

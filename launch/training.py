@@ -6,7 +6,7 @@ from cogvideo_dist.config.schema import DiTRun, VAERun
 from cogvideo_dist.engine.trainer import DataLimits, Trainer
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.protocols import Task
-from launch.compose import RankData, prepare_folder
+from launch.compose import RankData, note_data, prepare_folder
 
 
 def run_training(
@@ -22,3 +22,5 @@ def run_training(
         Trainer(config, task, batches=data, mesh=mesh, data_limits=limits).run()
     finally:
         data.loader.close()
+    if mesh.is_first:
+        note_data(config, data.plan, drawn=data.plan.seen(config.train.steps))

@@ -123,7 +123,8 @@ class Source:
     """A set of shards and its part in the mix: of all clips drawn, ``weight`` of the sum of weights are from it.
 
     ``score`` keeps the ``top_share`` of its usable samples that score best; samples without that score are not used. ``skip``:
-    clips of it that an earlier stage has drawn, as that run's log tells; its epochs go on from there.
+    clips of it that an earlier stage has drawn (``drawn`` in that run's data.json when it has ended); its epochs go on from
+    there.
     """
 
     shards: str

@@ -39,6 +39,10 @@ DEPTH = 2
 SLOWEST = 4
 """How many times its processor time a decoder may take on a busy machine."""
 
+STARTING, START_SECONDS = "starting", 300.0
+BLAMED = ("reading", "decoding", "silent while decoding")
+"""What a worker was at when it died, where that may be the sample's fault."""
+
 LEAST_SEGMENT = 2**20
 WORKER_MEMORY = 4 * 2**30
 FATAL = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGXCPU}
@@ -140,7 +144,7 @@ class _Worker:
     link: socket.socket
     jobs: deque[_Job] = field(default_factory=deque)
     knows: set[int] = field(default_factory=set)
-    phase: str = ""
+    phase: str = STARTING
     since: float = 0.0
 
 
@@ -284,12 +288,14 @@ class Pool:
         return max(0.0, min(busy)) if busy else None
 
     def _allowed(self, worker: _Worker) -> float:
+        if worker.phase == STARTING:
+            return START_SECONDS
         return SLOWEST * self.limits.decode_seconds if worker.phase == "decoding" else self.limits.silent_seconds
 
     def _watch(self) -> None:
         for worker in self._workers:
             if worker.jobs and time.monotonic() > worker.since + self._allowed(worker):
-                worker.phase = f"silent while {worker.phase or 'starting'}"
+                worker.phase = f"silent while {worker.phase or 'waiting'}"
                 worker.process.kill()
                 worker.since = time.monotonic()
 
@@ -311,6 +317,8 @@ class Pool:
             worker.phase = message["begun"]
             return
         worker.phase = ""
+        if "ready" in message:
+            return
         self._settle(worker.jobs.popleft(), message)
 
     def _settle(self, job: _Job, message: dict[str, Any]) -> None:
@@ -345,7 +353,7 @@ class Pool:
                 + (f" at sample {worker.jobs[0].task.record.key}" if worker.jobs else "")
             )
         self._start()
-        if worker.jobs and worker.phase:
+        if worker.jobs and worker.phase in BLAMED:
             running = worker.jobs[0]
             own = -code in FATAL or worker.phase == "silent while decoding"
             running.deaths += own

@@ -39,6 +39,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     stores = [Store(root, Remote(**remote)) for root, remote in about["stores"]]
     segments: dict[int, mmap.mmap] = {}
+    link.send(json.dumps({"ready": True}).encode())
     while True:
         packet, handles, _, _ = socket.recv_fds(link, PACKET, 1)
         if not packet:

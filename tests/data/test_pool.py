@@ -133,7 +133,7 @@ def test_a_hung_worker_is_killed_and_in_the_end_the_run_ends(tmp_path: Path, mad
 def test_a_stopped_worker_is_found(reader: ShardReader, made: list[Pool]) -> None:
     wanted = tasks(reader)
     alone = expected(reader, wanted)
-    pool = start(made, reader.store, workers=1, silent_seconds=1.0)
+    pool = start(made, reader.store, workers=1, silent_seconds=2.0)
     content(pool.result(pool.submit(wanted[0])))
     os.kill(pool.processes[0], signal.SIGSTOP)
     tickets = [pool.submit(task) for task in wanted]

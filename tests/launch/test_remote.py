@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -110,6 +111,8 @@ def test_a_changed_set_is_refused_until_it_is_allowed(world: World, tmp_path: Pa
     shutil.copytree(world.root / "shards", folder)
     first = world.overrides(tmp_path / "run", f"data.shards={folder}", "train.steps=2", "checkpoint.every=2")
     run_ranks(train, 1, world.file, first)
+    (source,) = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert source["drawn"] >= 2
     shutil.rmtree(folder)
     make_set(tmp_path, [(f"videos/{i}.mp4", make_clip(12, 8, size=(48, 64))) for i in range(9)])
     more = [*first, "train.steps=4"]
