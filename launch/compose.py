@@ -178,7 +178,7 @@ class RankData:
     """A rank's batches, as the trainer asks for them."""
 
     def __init__(self, data: Data, *, run: Run, geometry: Geometry, mesh: ParallelMesh) -> None:
-        self.records, stores = open_sources(data)
+        self.records, stores = open_sources(data, check=mesh.is_first)
         notes = Notes(Path(run.dir) / "plan", writes=mesh.is_first)
         self.plan = Plan(self.records, data, seed=run.seed, geometry=geometry, notes=notes)
         self.loader = Loader(

@@ -33,9 +33,9 @@ RATE_SLACK = 0.01
 DTYPES = {"U8": torch.uint8, "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def open_sources(data: Data) -> tuple[Catalog, list[Store]]:
-    """The samples of all of a run's sources, and where the bytes of each are."""
-    readers = [ShardReader(source.shards, data.remote) for source in data.all_sources]
+def open_sources(data: Data, *, check: bool = True) -> tuple[Catalog, list[Store]]:
+    """The samples of all of a run's sources, and where the bytes of each are; one process's ``check`` of all shards will do."""
+    readers = [ShardReader(source.shards, data.remote, check=check) for source in data.all_sources]
     return Catalog([reader.records for reader in readers]), [reader.store for reader in readers]
 
 

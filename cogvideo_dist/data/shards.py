@@ -76,14 +76,14 @@ class ShardReader:
     """Random access to the samples of ``folder``, a path or a URL; ``records`` is its index.
 
     Keeps no state but open files, so any process may have its own. Raises ``ValueError`` at once if a shard on this machine is
-    missing or shorter than its index says.
+    missing or shorter than its index says, unless another process has made that ``check``.
     """
 
-    def __init__(self, folder: str | Path, remote: Remote | None = None) -> None:
+    def __init__(self, folder: str | Path, remote: Remote | None = None, *, check: bool = True) -> None:
         self.records = Index.read(Store(str(folder), remote or Remote()).local_index())
         self.folder = Path(folder)
         self.store = Store(self.records.root if not is_remote(str(folder)) else str(folder), remote or Remote())
-        if not is_remote(self.store.root):
+        if check and not is_remote(self.store.root):
             check_shards(self.records, self.store)
 
     def read(self, record: Record, extension: str) -> bytes:
@@ -95,10 +95,12 @@ def check_shards(index: Index, store: Store) -> None:
     """Refuse a set on this machine that lacks a shard or a part of one."""
     for shard, end in index.ends().items():
         path = Path(store.root) / shard
-        if not path.is_file():
-            raise ValueError(f"{path}: no such shard, but the index of {index.folder} lists it")
-        if path.stat().st_size < end:
-            raise ValueError(f"{path}: has {path.stat().st_size} bytes, its index needs {end}; copy the shard again")
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such shard, but the index of {index.folder} lists it") from None
+        if size < end:
+            raise ValueError(f"{path}: has {size} bytes, its index needs {end}; copy the shard again")
 
 
 def read_member(store: Store, record: Record, *, extension: str) -> bytes:
