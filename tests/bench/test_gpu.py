@@ -30,6 +30,7 @@ def test_without_a_gpu_it_ends_with_one_line_and_2(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_every_measurement_runs_at_toy_size_and_runs_are_appended(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -121,6 +121,7 @@ def test_every_benchmark_of_attention_has_rows() -> None:
     assert all(row.met for row in rows if row.id in ("C3", "C5") and row.at_most is not None and row.unit == "")
 
 
+@pytest.mark.long
 def test_it_runs_alone_and_prints_nothing_but_json() -> None:
     command = [sys.executable, "-m", "bench.parallel_block", "--tokens", "64", "--repeats", "1", "--limit", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -45,18 +45,21 @@ def found() -> list[dict[str, Any]]:
     return run_ranks(toys, 2)
 
 
+@pytest.mark.long
 def test_both_schemes_are_exact_forward_and_a_piece_alone_is_not(found: list[dict[str, Any]]) -> None:
     for rank in found:
         differences = rank["outputs"]
         assert differences["ours"] < 1e-10 and differences["released"] < 1e-10 and differences["alone"] > 1e-3
 
 
+@pytest.mark.long
 def test_ours_has_the_gradient_of_one_process_and_the_released_scheme_has_not(found: list[dict[str, Any]]) -> None:
     errors = found[0]["gradients"]
     assert errors["ours in float64"]["whole"] < 1e-12 and errors["ours"]["whole"] < 1e-4
     assert errors["released"]["whole"] > 0.1
 
 
+@pytest.mark.long
 def test_the_schemes_send_what_the_formulas_say(found: list[dict[str, Any]]) -> None:
     sent = found[0]["bytes"]
     assert sent["released"] == sent["formula"]
@@ -75,6 +78,7 @@ def test_pieces_make_up_the_clip() -> None:
     assert [piece.noise.shape[2] for piece in pieces] == [3, 2]
 
 
+@pytest.mark.long
 def test_every_goal_has_rows_and_a_disturbed_time_meets_none(found: list[dict[str, Any]]) -> None:
     toy = found[0]
     measured = {name: dict.fromkeys(("2", "4"), toy[name]) for name in ("gradients", "bytes")}

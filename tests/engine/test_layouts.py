@@ -23,10 +23,13 @@ from tests.ranks import run_ranks
 
 STEPS, PACKS = 3, 4
 LAYOUT = PackLayout((Clip(5, (3, 3, 4)), Clip(6, (1, 2, 2)), Clip(0, (1, 1, 1))))
-LAYOUTS = (
-    Layout(dp=2, tp=2), Layout(tp=4), Layout(ulysses=4), Layout(ring=4), Layout(ulysses=2, ring=2), Layout(dp=2, ulysses=2),
-    Layout(dp=2, ring=2), Layout(ulysses=2, tp=2), Layout(ring=2, tp=2),
+MIXED = (
+    Layout(ring=4), Layout(ulysses=2, ring=2), Layout(dp=2, ulysses=2), Layout(ulysses=2, tp=2), Layout(ring=2, tp=2),
 )  # fmt: skip
+PLAIN = [
+    pytest.param(layout, marks=pytest.mark.long)
+    for layout in (Layout(dp=2, tp=2), Layout(tp=4), Layout(ulysses=4), Layout(dp=2, ring=2))
+]
 Result = dict[str, Any]
 
 
@@ -93,7 +96,7 @@ def single() -> Result:
     return run_ranks(steps, 1, Layout(), (0,))[0][0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [*MIXED, *PLAIN], ids=lambda layout: layout.name)
 def test_weights_after_three_steps_are_those_of_one_process(single: Result, layout: Layout) -> None:
     stages = (0, 1, 2, 3)
     for rank, results in enumerate(run_ranks(steps, layout.world, layout, stages)):
@@ -107,7 +110,11 @@ def test_weights_after_three_steps_are_those_of_one_process(single: Result, layo
                     assert error <= 1e-6 or kind.startswith("exp"), (stage, kind, name, float(error))
 
 
-@pytest.mark.parametrize("layout", [Layout(ulysses=2, tp=2), Layout(ring=2, tp=2)], ids=lambda layout: layout.name)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(Layout(ulysses=2, tp=2), marks=pytest.mark.long), Layout(ring=2, tp=2)],
+    ids=lambda layout: layout.name,
+)
 def test_half_precision_under_a_layout_is_near_and_does_not_drift(layout: Layout) -> None:
     single = run_ranks(steps, 1, Layout(), (1,), "bf16")[0][1]
     for results in run_ranks(steps, layout.world, layout, (1, 2, 3), "bf16"):
