@@ -82,7 +82,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set_xticks(range(len(mixes)), mixes)
         axis.set_title(title, fontsize=10)
     axes[1].set_yscale("symlog", linthresh=1)
-    axes[0].legend(loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(modes))
     figure.suptitle(f"8 ranks, 72,000 tokens to a pack, {result['clips']:,} clips", fontsize=11)
     with tempfile.NamedTemporaryFile(suffix=".png") as aside:
         figure.savefig(aside.name, dpi=130)
