@@ -155,11 +155,12 @@ class Loader:
         """Batches of a step on every rank."""
         return self.plan.packs_per_step // self.dp_size
 
-    def iterate(self, first_step: int) -> Iterator[Batch]:
-        """Batches without end: all micro-steps of ``first_step``, then those of the next."""
+    def iterate(self, first_step: int, *, steps: int | None = None) -> Iterator[Batch]:
+        """All micro-steps of ``first_step``, then those of the next, for so many ``steps`` or without end."""
+        numbers = count(first_step) if steps is None else range(first_step, first_step + steps)
         return self._batches(
             (plan, pack)
-            for plan in map(self.plan.step, count(first_step))
+            for plan in map(self.plan.step, numbers)
             for pack in dealt(plan.costs, self.dp_size)[self.dp_rank]
         )
 

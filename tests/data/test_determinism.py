@@ -132,7 +132,9 @@ def log_of(loaders: list[Loader], path: Path, first: int) -> None:
 
 
 def complete(path: Path) -> list[str]:
-    return path.read_text().splitlines(keepends=True) if path.exists() else []
+    """The log's whole lines; a killed writer may leave a part of one."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n")]
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.long)])
@@ -144,7 +146,6 @@ def test_killed_at_any_instant_a_run_goes_on_with_other_ranks_and_workers(
     path, notes = tmp_path / "log", Notes(tmp_path / "plan", writes=True)
     for _ in range(kills):
         lines = complete(path)
-        lines = [line for line in lines if line.endswith("\n")]
         path.write_text("".join(lines))
         loaders = Wanted(folder, dice.choice([1, 2, 3, 4, 8]), dice.choice([0, 0, 1])).loaders(notes)
         life = multiprocessing.get_context("fork").Process(target=log_of, args=(loaders, path, len(lines)))
@@ -155,7 +156,7 @@ def test_killed_at_any_instant_a_run_goes_on_with_other_ranks_and_workers(
         assert life.is_alive(), "it ended by itself"
         os.kill(life.pid or 0, signal.SIGKILL)
         life.join()
-    found = [json.loads(line) for line in complete(path) if line.endswith("\n")]
+    found = [json.loads(line) for line in complete(path)]
     assert [step for step, _ in found] == list(range(len(found)))
     (loader,) = Wanted(folder).loaders()
     stream = loader.iterate(0)
@@ -166,7 +167,7 @@ def test_killed_at_any_instant_a_run_goes_on_with_other_ranks_and_workers(
             assert [tuple(sample) for sample in samples] == now, (step, pack)
     slots = [(key, epoch) for _, packs in found for pack in packs for key, epoch, _ in pack]
     assert len(set(slots)) == len(slots)
-    assert len(found) >= kills // 2
+    assert len(found) >= kills, "every life made a step"
 
 
 def test_a_late_step_is_planned_from_a_note(folder: str, tmp_path: Path) -> None:
