@@ -44,6 +44,8 @@ LARGE: Size = (49, 480, 720)
 SMALL: Size = (5, 32, 32)
 VIDEO: Size = (49, 256, 384)
 STEP_S = 0.2
+STEPS = 5
+"""Optimizer steps over the latents: planned for each are as many clips as a small training step has."""
 
 
 class OnePerPack:
@@ -92,8 +94,8 @@ def videos(size: Size, count: int) -> Iterator[Entry]:
         yield f"{number:08d}", {"mp4": file.getvalue(), "txt": b"A caption"}, facts
 
 
-def loader(folder: Path, size: Size, *, source: Any, pack: int, workers: int = PROCESSES) -> Loader:
-    data = Data(source, (size,), 8.0, pack, 1, shards=str(folder), workers=workers, crop="center")
+def loader(folder: Path, size: Size, *, source: Any, pack: int, packs: int = 1) -> Loader:
+    data = Data(source, (size,), 8.0, pack, packs, shards=str(folder), workers=PROCESSES, crop="center")
     catalog, stores = open_sources(data)
     plan = Plan(catalog, data, seed=0, geometry=OnePerPack())
     return Loader(plan, stores, data=data, geometry=OnePerPack(), dp_rank=0, dp_size=1)
@@ -155,12 +157,12 @@ def webdataset_workers(folder: Path) -> None:
         pass
 
 
-def taking(mine: Loader, packs: int) -> Callable[[], None]:
-    """So many packs of a loader whose workers run already, as in training: nothing is read before the time begins, and nothing
+def taking(mine: Loader, steps: int) -> Callable[[], None]:
+    """So many steps of a loader whose workers run already, as in training: nothing is read before the time begins, and nothing
     that is not taken."""
 
     def run() -> None:
-        for _ in mine.iterate(0, steps=packs):
+        for _ in mine.iterate(0, steps=steps):
             pass
 
     return run
@@ -168,9 +170,9 @@ def taking(mine: Loader, packs: int) -> Callable[[], None]:
 
 def bench_latents(folder: Path, count: int, *, limit: float) -> dict[str, Any]:
     write_shards(folder, latents(LARGE, count, text=(226, 4096)), max_shard_size=200_000_000)
-    mine = loader(folder, LARGE, source="latents", pack=2)
+    mine = loader(folder, LARGE, source="latents", pack=2, packs=count // 2 // STEPS)
     sides = {
-        "ours": taking(mine, count // 2), "raw": each_in_processes(read_raw, folder),
+        "ours": taking(mine, STEPS), "raw": each_in_processes(read_raw, folder),
         "webdataset": lambda: webdataset_alone(folder), "webdataset workers": lambda: webdataset_workers(folder),
     }  # fmt: skip
     times, quiet = interleaved(sides, repeats=5, limit=limit)

@@ -163,7 +163,8 @@ def decode_image(data: bytes | memoryview, pixels: Pixels, *, place: Place = CEN
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     height, width = pixels.shape[1:3]
-    pixels[0] = _fit(image.convert("RGB"), (height, width), place)
+    box = _box((image.height, image.width), (height, width), place)
+    pixels[0] = _scaled(image.convert("RGB"), (height, width), box)
 
 
 def _opened(data: bytes | memoryview) -> av.container.InputContainer:
@@ -221,7 +222,9 @@ def _moment(item: av.VideoFrame | av.Packet) -> Moment:
     """Packets that show nothing (the flush, those before an edit's beginning) are before every frame."""
     if item.pts is None or item.time_base is None or (isinstance(item, av.Packet) and item.is_discard):
         return Moment(-math.inf, 0.0)
-    return Moment(float(item.pts * item.time_base), float((item.duration or 0) * item.time_base))
+    # a product of fractions costs five times as much
+    ticks, second = item.time_base.numerator, item.time_base.denominator
+    return Moment(item.pts * ticks / second, (item.duration or 0) * ticks / second)
 
 
 def _duration(moments: Sequence[Moment], rate: Fraction | None) -> float:
@@ -252,10 +255,21 @@ def _show(frame: av.VideoFrame, pixels: Pixels, *, done: int, upto: float, times
     while stop < len(times) and times[stop] + TICK < upto:
         stop += 1
     if stop > done:
-        image = np.rot90(frame.to_ndarray(format="rgb24", threads=1), _displayed(frame)[2] // 90)
+        picture = np.rot90(_colours(frame), _displayed(frame)[2] // 90)
         height, width = pixels.shape[1:3]
-        pixels[done:stop] = _fit(Image.fromarray(np.ascontiguousarray(image)), (height, width), place)
+        box = _box((picture.shape[0], picture.shape[1]), (height, width), place)
+        if (box.tall, box.wide) == (height, width):  # nothing to scale: straight from the decoder's memory
+            pixels[done:stop] = picture[box.top : box.top + height, box.left : box.left + width]
+        else:
+            pixels[done:stop] = _scaled(Image.fromarray(np.ascontiguousarray(picture)), (height, width), box)
     return stop
+
+
+def _colours(frame: av.VideoFrame) -> Pixels:
+    """RGB [height, width, 3] in memory of the library, whose lines may be longer than the picture is wide."""
+    plane = frame.reformat(format="rgb24", threads=1).planes[0]
+    lines = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
+    return lines[: frame.height, : 3 * frame.width].reshape(frame.height, frame.width, 3)
 
 
 def _displayed(frame: av.VideoFrame) -> tuple[int, int, int]:
@@ -293,16 +307,29 @@ def _check_image(image: Image.Image) -> None:
         raise DecodeError(f"pixels of mode {image.mode}; convert it to 8 bits per channel")
 
 
-def _fit(image: Image.Image, size: tuple[int, int], place: Place) -> Pixels:
-    """Scale down (antialiased bicubic) to cover ``size`` and crop, in one resampling -> uint8 [height, width, 3]."""
+class _Box(NamedTuple):
+    """What of a picture is used, in its pixels."""
+
+    top: int
+    left: int
+    tall: float
+    wide: float
+
+
+def _box(found: tuple[int, int], size: tuple[int, int], place: Place) -> _Box:
+    """The largest part of a picture of (height, width) ``found`` that has the shape of ``size``."""
     (height, width), (_, top, left) = size, place
-    scale = max(height / image.height, width / image.width)
+    scale = max(height / found[0], width / found[1])
     if scale > 1:
         raise DecodeError(
-            f"{image.height} x {image.width} pixels would have to be enlarged to {height} x {width}", "too small"
+            f"{found[0]} x {found[1]} pixels would have to be enlarged to {height} x {width}", "too small"
         )
-    tall, wide = min(height / scale, image.height), min(width / scale, image.width)
+    tall, wide = min(height / scale, found[0]), min(width / scale, found[1])
     # whole source pixels, so that a crop without scaling copies pixels
-    y, x = int(top * (int(image.height - tall) + 1)), int(left * (int(image.width - wide) + 1))
-    fitted = image.resize((width, height), Image.Resampling.BICUBIC, box=(x, y, x + wide, y + tall))
-    return np.asarray(fitted)
+    return _Box(int(top * (int(found[0] - tall) + 1)), int(left * (int(found[1] - wide) + 1)), tall, wide)
+
+
+def _scaled(image: Image.Image, size: tuple[int, int], box: _Box) -> Pixels:
+    """A part of an image scaled down (antialiased bicubic), in one resampling -> uint8 [height, width, 3]."""
+    edges = (box.left, box.top, box.left + box.wide, box.top + box.tall)
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=edges))

@@ -122,6 +122,7 @@ class Index(Sequence[Record]):
     def __init__(self, table: Any, *, folder: Path, root: str, digest: str) -> None:
         self.table, self.folder, self.root, self.digest = table, folder, root, digest
         self._arrays: dict[str, Any] = {}
+        self._numbers: dict[str, NDArray[Any]] = {}
 
     @classmethod
     def read(cls, folder: str | Path) -> Index:
@@ -177,8 +178,9 @@ class Index(Sequence[Record]):
     def column(self, name: str) -> NDArray[Any]:
         """``frames``, ``fps``, ``height``, ``width``, ``caption_length``, ``kind`` (position in ``KIND_NAMES``), ``shard``
         (position in ``shards``)."""
-        array = self._array(name)
-        return array.to_numpy(zero_copy_only=True)
+        if name not in self._numbers:
+            self._numbers[name] = self._array(name).to_numpy(zero_copy_only=True)
+        return self._numbers[name]
 
     @cached_property
     def sizes(self) -> NDArray[np.int32]:

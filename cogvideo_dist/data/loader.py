@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +32,11 @@ AHEAD = 4
 RATE_SLACK = 0.01
 """Of a source's frame rate: 23.976 frames per second pass for 24."""
 
-DTYPES = {"U8": torch.uint8, "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "U8": (torch.uint8, np.uint8), "F64": (torch.float64, np.float64), "F32": (torch.float32, np.float32),
+    "F16": (torch.float16, np.float16), "BF16": (torch.bfloat16, np.int16),
+}  # fmt: skip
+"""What arrays are stored in: torch's type, and numpy's of the same width."""
 
 
 def open_sources(data: Data, *, check: bool = True) -> tuple[Catalog, list[Store]]:
@@ -68,9 +74,11 @@ def to_sample(loaded: Loaded, record: Record, *, slot: Slot) -> Sample:
 
 def tensor_of(array: Array, memory: Memory) -> Tensor:
     """A view of an array."""
-    dtype = DTYPES[array.dtype]
-    size = torch.Size(array.shape).numel() * dtype.itemsize
-    return torch.from_numpy(memory[array.offset : array.offset + size]).view(dtype).reshape(array.shape)
+    dtype, plain = DTYPES[array.dtype]
+    size = math.prod(array.shape) * dtype.itemsize
+    # shaped by numpy: torch's views let go of the interpreter's lock, and then wait for it
+    found = torch.from_numpy(memory[array.offset : array.offset + size].view(plain).reshape(array.shape))
+    return found if found.dtype == dtype else found.view(dtype)
 
 
 def frame_rate(record: Record, slot: Slot, *, data: Data, seed: int) -> float:
@@ -113,12 +121,19 @@ def check_ranks(packs_per_step: int, dp_size: int) -> None:
         )
 
 
+class _Read(NamedTuple):
+    """A sample that is being read, and the ticket for it."""
+
+    record: Record
+    ticket: int
+
+
 class _Asked(NamedTuple):
     """A pack that is being read."""
 
     plan: StepPlan
     pack: int
-    tickets: list[int]
+    reads: list[_Read]
 
 
 class Loader:
@@ -190,43 +205,47 @@ class Loader:
             while True:
                 while len(asked) < ahead and (following := next(coming, None)) is not None:
                     plan, pack = following
-                    asked.append(_Asked(plan, pack, [self._ask(slot, slot.index) for slot in plan.packs[pack]]))
+                    asked.append(_Asked(plan, pack, self._ask([(slot, slot.index) for slot in plan.packs[pack]])))
                 if not asked:
                     return
                 yield self._batch(asked.popleft())
         finally:
             if self._reads is not None:
-                self._reads.discard(ticket for pack in asked for ticket in pack.tickets)
+                self._reads.discard(read.ticket for pack in asked for read in pack.reads)
 
-    def _ask(self, slot: Slot, index: int) -> int:
-        """Have a slot's clip read, or another in its place."""
-        record, (source, _) = self.plan.catalog[index], self.plan.catalog.find(index)
-        fps = frame_rate(record, slot, data=self.data, seed=self.plan.seed)
-        place = place_of(slot, data=self.data, seed=self.plan.seed)
-        return self.reads.submit(Task(source, record, Cut(slot.size, fps, place, self.data.empty_captions)))
+    def _ask(self, wanted: Sequence[tuple[Slot, int]]) -> list[_Read]:
+        """Have slots' clips read, or others in their place."""
+        tasks = []
+        for slot, index in wanted:
+            record, (source, _) = self.plan.catalog[index], self.plan.catalog.find(index)
+            fps = frame_rate(record, slot, data=self.data, seed=self.plan.seed)
+            place = place_of(slot, data=self.data, seed=self.plan.seed)
+            tasks.append(Task(source, record, Cut(slot.size, fps, place, self.data.empty_captions)))
+        return [_Read(task.record, ticket) for task, ticket in zip(tasks, self.reads.submit_all(tasks))]
 
     def _batch(self, asked: _Asked) -> Batch:
         slots, samples, defects = asked.plan.packs[asked.pack], list[Sample](), list[Defect]()
-        for slot, ticket in zip(slots, asked.tickets):
-            sample, failed = self._sample(slot, ticket)
+        for slot, read in zip(slots, asked.reads):
+            sample, failed = self._sample(slot, read)
             samples.append(sample)
             defects += (Defect(e.key, e.source, e.reason, sample.key, e.code) for e in failed)
         layout = PackLayout(tuple(self.geometry(slot.size) for slot in slots))
         first = sum(map(len, asked.plan.packs[: asked.pack]))
         return Batch(asked.plan, asked.pack, first, layout, tuple(samples), tuple(defects))
 
-    def _sample(self, slot: Slot, ticket: int) -> tuple[Sample, list[DataError]]:
+    def _sample(self, slot: Slot, read: _Read) -> tuple[Sample, list[DataError]]:
         """The slot's clip or, if its bytes are at fault, the first of its substitutes whose bytes are not."""
-        failed, others, index = list[DataError](), self.plan.substitutes(slot), slot.index
+        failed = list[DataError]()
+        others: Iterator[int] | None = None
         while True:
             try:
-                loaded = self.reads.result(ticket)
-                return to_sample(loaded, self.plan.catalog[index], slot=slot), failed
+                return to_sample(self.reads.result(read.ticket), read.record, slot=slot), failed
             except DataError as error:
                 failed.append(error)
+            others = others or self.plan.substitutes(slot)
             other = next(others, None)
             if other is None:
                 raise ValueError(
                     f"none of the {len(failed)} clips of size {list(slot.size)} can be read; the first: {failed[0]}"
                 )
-            index, ticket = other, self._ask(slot, other)
+            (read,) = self._ask([(slot, other)])

@@ -89,9 +89,13 @@ class Reads:
         self.next = 0
 
     def submit(self, task: Task) -> int:
-        self.tasks[self.next] = task
-        self.next += 1
-        return self.next - 1
+        return self.submit_all([task])[0]
+
+    def submit_all(self, tasks: Sequence[Task]) -> list[int]:
+        tickets = list(range(self.next, self.next + len(tasks)))
+        self.tasks.update(zip(tickets, tasks))
+        self.next += len(tasks)
+        return tickets
 
     def result(self, ticket: int) -> Loaded:
         task = self.tasks.pop(ticket)
@@ -171,7 +175,7 @@ class Pool:
         self._free: dict[int, list[_Segment]] = {}
         self._returned: deque[_Segment] = deque()
         self._segments = 0
-        self._closed = False
+        self._closed = self._short = False
         self._end_of_all: BaseException | None = None
         self._bell, self._ear = socket.socketpair()
         self._bell.setblocking(False)
@@ -189,20 +193,25 @@ class Pool:
         return [worker.process.pid for worker in self._workers]
 
     def submit(self, task: Task) -> int:
-        job = _Job(self._next, task, expected_bytes(task.record, task.cut.size))
+        return self.submit_all([task])[0]
+
+    def submit_all(self, tasks: Sequence[Task]) -> list[int]:
+        jobs = [_Job(self._next + n, t, expected_bytes(t.record, t.cut.size)) for n, t in enumerate(tasks)]
         with self._lock:
-            self._next += 1
-            self._jobs[job.ticket] = job
-            job.outcome = self._end_of_all
-            heapq.heappush(self._waiting, (job.ticket, job))
+            self._next += len(jobs)
+            for job in jobs:
+                self._jobs[job.ticket] = job
+                job.outcome = self._end_of_all
+                heapq.heappush(self._waiting, (job.ticket, job))
         self._ring()
-        return job.ticket
+        return [job.ticket for job in jobs]
 
     def result(self, ticket: int) -> Loaded:
         with self._lock:
-            self._wanted = max(self._wanted, ticket)
-            self._ring()
             job = self._jobs[ticket]
+            if job.outcome is None:
+                self._wanted = max(self._wanted, ticket)
+                self._ring()
             while job.outcome is None:
                 self._lock.wait()
             del self._jobs[ticket]
@@ -316,10 +325,9 @@ class Pool:
         if "begun" in message:
             worker.phase = message["begun"]
             return
-        worker.phase = ""
-        if "ready" in message:
-            return
-        self._settle(worker.jobs.popleft(), message)
+        if "ready" not in message:
+            self._settle(worker.jobs.popleft(), message)
+        worker.phase = "reading" if worker.jobs else ""
 
     def _settle(self, job: _Job, message: dict[str, Any]) -> None:
         """What a worker said of a task."""
@@ -375,9 +383,10 @@ class Pool:
 
     def _dispatch(self) -> None:
         """Give out waiting tasks, in their order, as far as workers and memory go."""
-        while self._returned:
-            self._put_back(self._returned.popleft())
         while True:
+            while self._returned:
+                self._put_back(self._returned.popleft())
+            self._short = False
             worker = min(self._workers, key=lambda w: len(w.jobs))
             with self._lock:
                 while self._waiting and self._waiting[0][1].unwanted:
@@ -387,11 +396,15 @@ class Pool:
                 ticket, job = self._waiting[0]
                 size = max(LEAST_SEGMENT, 1 << (job.size - 1).bit_length())
                 if self._held and self._held + size > self.cap and ticket > self._wanted:
+                    self._short = True  # what comes back from here on rings; what came back just now is looked at again
+                    if self._returned:
+                        continue
                     return
                 heapq.heappop(self._waiting)
             job.segment = self._segment(size)
             if not worker.jobs:
                 worker.since = time.monotonic()
+                worker.phase = worker.phase or "reading"
             worker.jobs.append(job)
             try:
                 self._send(worker, job)
@@ -407,7 +420,7 @@ class Pool:
         task = job.task
         message = {
             "id": job.ticket, "store": task.store, "into": segment.number, "record": to_message(task.record),
-            "cut": asdict(task.cut) | {"place": list(task.cut.place)},
+            "cut": vars(task.cut),
         }  # fmt: skip
         worker.link.send(json.dumps(message).encode())
 
@@ -454,7 +467,8 @@ def _give_back(pool: weakref.ref[Pool], segment: _Segment) -> None:
     """Called wherever the last view of a segment went, so nothing may wait here."""
     if (alive := pool()) is not None:
         alive._returned.append(segment)
-        alive._ring()
+        if alive._short:
+            alive._ring()
 
 
 def _ending(code: int) -> str:

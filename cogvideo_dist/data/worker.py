@@ -67,7 +67,6 @@ def _serve(
     def say(**facts: Any) -> None:
         link.send(json.dumps({"id": message["id"], **facts}).encode())
 
-    say(begun="reading")
     _limit_time(seconds)
     try:
         say(**_answer(message, stores=stores, segments=segments, decoding=lambda: say(begun="decoding")))
