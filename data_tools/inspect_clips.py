@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cogvideo_dist.config.schema import VAERun
+from cogvideo_dist.config.autoencoder import VAERun
 from cogvideo_dist.data.decode import DecodeError, Place
 from cogvideo_dist.data.loader import tensor_of
 from cogvideo_dist.data.pool import Pool, Reads, Task

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cogvideo_dist.config.schema import VAERun
+from cogvideo_dist.config.autoencoder import VAERun
 from cogvideo_dist.data.decode import TICK
 from cogvideo_dist.data.index import KIND_NAMES, Member, Record
 from cogvideo_dist.data.loader import RATE_SLACK

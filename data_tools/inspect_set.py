@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cogvideo_dist.config.autoencoder import VAERun
 from cogvideo_dist.config.load import ConfigError, load_config
-from cogvideo_dist.config.schema import TEMPORAL, Data, DiTRun, Size, VAERun
+from cogvideo_dist.config.schema import TEMPORAL, Data, DiTRun, Size
 from cogvideo_dist.data.catalog import Catalog
 from cogvideo_dist.data.index import KIND_NAMES, Index
 from cogvideo_dist.data.loader import open_sources

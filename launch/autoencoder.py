@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from cogvideo_dist.config.autoencoder import VAELoss, VAEModel, VAERun
 from cogvideo_dist.config.load import ConfigError, load_config
-from cogvideo_dist.config.schema import VAELoss, VAEModel, VAERun
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.engine.checkpoint import FullState, load, newest
 from cogvideo_dist.models.critic import Critic, CriticConfig

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from cogvideo_dist.config.autoencoder import VAERun
 from cogvideo_dist.config.load import ConfigError, load_config, to_yaml
-from cogvideo_dist.config.schema import SPATIAL, TEMPORAL, Data, DiTRun, Run, Size, VAERun
+from cogvideo_dist.config.schema import SPATIAL, TEMPORAL, Data, DiTRun, Run, Size
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.data.catalog import Catalog
 from cogvideo_dist.data.index import Index

@@ -12,8 +12,9 @@ from typing import Any, get_args
 import torch
 from tqdm import tqdm
 
+from cogvideo_dist.config.autoencoder import VAERun
 from cogvideo_dist.config.load import ConfigError, load_config
-from cogvideo_dist.config.schema import Data, Size, VAERun, check_size, positive
+from cogvideo_dist.config.schema import Data, Size, check_size, positive
 from cogvideo_dist.data.catalog import Catalog
 from cogvideo_dist.data.index import Index
 from cogvideo_dist.data.loader import read_ahead, readers, to_sample

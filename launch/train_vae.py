@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from cogvideo_dist.config.autoencoder import VAERun
 from cogvideo_dist.config.load import ConfigError, load_config
-from cogvideo_dist.config.schema import VAERun
 from cogvideo_dist.data.loader import check_ranks
 from cogvideo_dist.models.perceptual import RANDOM
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, divisors, stop

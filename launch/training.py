@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cogvideo_dist.config.schema import DiTRun, VAERun
+from cogvideo_dist.config.autoencoder import VAERun
+from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.engine.trainer import DataLimits, Trainer
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.protocols import Task

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cogvideo_dist.config.schema import CriticLoss, Train
+from cogvideo_dist.config.autoencoder import CriticLoss
+from cogvideo_dist.config.schema import Train
 from cogvideo_dist.models.adversarial import LastConvolution, balanced, critic_hinge, decoder_hinge, gradient_penalty
 from cogvideo_dist.models.critic import Critic
 from cogvideo_dist.parallel.frames import TimeContext

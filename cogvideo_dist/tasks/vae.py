@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cogvideo_dist.config.schema import SPATIAL, TEMPORAL, Size, Train, VAELoss
+from cogvideo_dist.config.autoencoder import VAELoss
+from cogvideo_dist.config.schema import SPATIAL, TEMPORAL, Size, Train
 from cogvideo_dist.evaluation.media import to_uint8
 from cogvideo_dist.evaluation.reconstruction import add, reconstruction_sums
 from cogvideo_dist.models.adversarial import LastConvolution

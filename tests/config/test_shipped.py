@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cogvideo_dist.config.autoencoder import VAERun
 from cogvideo_dist.config.load import load_config
-from cogvideo_dist.config.schema import DiTRun, VAERun
+from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.models.vae import VAE
 from launch.autoencoder import vae_config
 from launch.compose import LatentGeometry

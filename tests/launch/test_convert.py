@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cogvideo_dist.config.autoencoder import VAERun
 from cogvideo_dist.config.load import load_config, to_yaml
-from cogvideo_dist.config.schema import VAERun
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.convert import native, sat
 from cogvideo_dist.engine.checkpoint import Saved, save

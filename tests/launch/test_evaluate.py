@@ -12,8 +12,8 @@ import torch
 import torchvision
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from cogvideo_dist.config.autoencoder import VAERun
 from cogvideo_dist.config.load import load_config, to_yaml
-from cogvideo_dist.config.schema import VAERun
 from cogvideo_dist.data.catalog import Catalog
 from cogvideo_dist.data.plan import Plan
 from cogvideo_dist.data.shards import ShardReader

@@ -15,8 +15,8 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import load_file
 
+from cogvideo_dist.config.autoencoder import VAERun
 from cogvideo_dist.config.load import ConfigError, load_config
-from cogvideo_dist.config.schema import VAERun
 from cogvideo_dist.engine.checkpoint import newest
 from cogvideo_dist.engine.zero import Engine
 from cogvideo_dist.models.critic import Critic

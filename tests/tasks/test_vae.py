@@ -8,7 +8,8 @@ from itertools import islice
 import pytest
 import torch
 
-from cogvideo_dist.config.schema import CriticLoss, Data, PerceptualLoss, Run, Train, VAELoss
+from cogvideo_dist.config.autoencoder import CriticLoss, PerceptualLoss, VAELoss
+from cogvideo_dist.config.schema import Data, Run, Train
 from cogvideo_dist.models.critic import Critic, CriticConfig
 from cogvideo_dist.models.init import draw_parameters
 from cogvideo_dist.models.perceptual import Perceptual
