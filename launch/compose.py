@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cogvideo_dist.config.autoencoder import VAERun
-from cogvideo_dist.config.load import ConfigError, load_config, to_yaml
+from cogvideo_dist.config.load import ConfigError, load_config, plain, to_yaml
 from cogvideo_dist.config.schema import SPATIAL, TEMPORAL, Data, DiTRun, Run, Size
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.data.catalog import Catalog
@@ -42,7 +42,7 @@ GEMM, ATTENTION = 700e12, 470e12
 FREE = {
     "run.dir", "log", "checkpoint", "validation", "frozen", "data.workers", "data.max_bad_share", "data.memory_gb",
     "data.remote", "train.steps",
-    "train.zero_stage", "train.recompute", "model.weights", "parallel",
+    "train.zero_stage", "train.recompute", "train.offload", "model.weights", "parallel",
 }  # fmt: skip
 """What may change between a run and its continuation without changing what is computed, or is meant to (more steps)."""
 
@@ -286,7 +286,7 @@ def refused_as_other_run(config: DiTRun | VAERun, path: Path) -> str | None:
         old = load_config(type(config), [path])
     except ConfigError as error:
         return f"{error}; use another run.dir"
-    before, now = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(config))
+    before, now = flat(plain(old)), flat(plain(config))
     for key in sorted(before):
         if before[key] != now[key] and not any(key == free or key.startswith(free + ".") for free in FREE):
             return (

@@ -38,6 +38,7 @@ def load_config(kind: type[Config], files: Sequence[str | Path], *, overrides: S
     for override in overrides:
         _merge(merged, _parse_override(override, places))
     _refuse_unknown(kind, merged, "", places)
+    merged = _renamed(merged, {name.rstrip("_"): name for name in _underscored(kind)})
     try:
         # JSON, in which pydantic's strict mode takes lists for tuples and mappings for dataclasses, and nothing else.
         return TypeAdapter(kind).validate_json(json.dumps(merged), strict=True)
@@ -45,14 +46,37 @@ def load_config(kind: type[Config], files: Sequence[str | Path], *, overrides: S
         raise ConfigError(_explain(error, places, files)) from None
 
 
+def plain(config: Any) -> dict[str, Any]:
+    """The resolved configuration as nested dictionaries under the keys of its files."""
+    return _renamed(dataclasses.asdict(config), {name: name.rstrip("_") for name in _underscored(type(config))})
+
+
 def to_yaml(config: Any) -> str:
     """The resolved configuration as YAML that ``load_config`` reads back to an equal one."""
-    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(json.loads(json.dumps(plain(config))), sort_keys=False, allow_unicode=True)
 
 
 def digest(config: Any) -> str:
     """SHA-256 of the resolved configuration."""
-    return hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()
+
+
+def _underscored(kind: Any) -> set[str]:
+    """Fields of ``kind`` and its sections whose key is a word of Python, which they have with an underscore behind it."""
+    names = set()
+    types = typing.get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        names |= {item.name} if item.name.endswith("_") else set()
+        for section in (types[item.name], *typing.get_args(types[item.name])):
+            names |= _underscored(section) if dataclasses.is_dataclass(section) else set()
+    return names
+
+
+def _renamed(values: Any, names: dict[str, str]) -> Any:
+    """Nested mappings with other keys."""
+    if isinstance(values, dict):
+        return {names.get(key, key): _renamed(value, names) for key, value in values.items()}
+    return [_renamed(value, names) for value in values] if isinstance(values, (list, tuple)) else values
 
 
 def _read(path: Path, places: Places) -> dict[str, Any]:
@@ -147,21 +171,23 @@ def _refuse_unknown(kind: Any, values: Any, path: str, places: Places) -> None:
     if not dataclasses.is_dataclass(kind) or not isinstance(values, dict):
         return
     types = typing.get_type_hints(kind)
-    known = [item.name for item in dataclasses.fields(kind)]
+    fields = {item.name.rstrip("_"): item.name for item in dataclasses.fields(kind)}
+    known = list(fields)
     for key, value in values.items():
         inner = f"{path}.{key}" if path else key
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"allowed here: {', '.join(known)}"
             raise ConfigError(f"{places.get(inner, 'configuration')}: unknown key {inner}; {hint}")
-        section = next(filter(dataclasses.is_dataclass, typing.get_args(types[key])), types[key])  # of SECTION | None
+        own = types[fields[key]]
+        section = next(filter(dataclasses.is_dataclass, typing.get_args(own)), own)  # of SECTION | None
         _refuse_unknown(section, value, inner, places)
 
 
 def _explain(error: ValidationError, places: Places, files: Sequence[str | Path]) -> str:
     lines = []
     for problem in error.errors(include_url=False):
-        keys = [str(part) for part in problem["loc"] if isinstance(part, int) or str(part).isidentifier()]
+        keys = [str(part).rstrip("_") for part in problem["loc"] if isinstance(part, int) or str(part).isidentifier()]
         path = ".".join(keys)
         place = next((places[p] for p in _prefixes(keys) if p in places), ", ".join(map(str, files)))
         found = problem["input"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cogvideo_dist.config.adaptation import Init, LoRA
 from cogvideo_dist.models.presets import PRESETS, DiTConfig, RopeGrid
 
 Size = tuple[int, int, int]
@@ -66,17 +67,19 @@ class Model:
     sample_height: int | None = None
     sample_width: int | None = None
     rope_grid: RopeGrid | None = None
+    spatial_interpolation: float | None = None
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"model.preset {self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
         changes = self.changes()
-        positive("model", **{name: value for name, value in changes.items() if isinstance(value, int)})
+        positive("model", **{name: value for name, value in changes.items() if not isinstance(value, str)})
         self.transformer()
 
-    def changes(self) -> dict[str, int | str]:
+    def changes(self) -> dict[str, int | float | str]:
+        """What differs from the preset."""
         names = ("layers", "heads", "head_dim", "time_embed_dim", "text_dim", "text_length", "sample_frames",
-                 "sample_height", "sample_width", "rope_grid")  # fmt: skip
+                 "sample_height", "sample_width", "rope_grid", "spatial_interpolation")  # fmt: skip
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def transformer(self) -> DiTConfig:
@@ -240,8 +243,24 @@ def check_size(key: str, size: Size) -> None:
 
 
 @dataclass(frozen=True)
+class Offload:
+    """What is kept in the host's memory instead of the device's, and brought over when it is needed.
+
+    ``activations``: what the forward keeps for the backward. ``optimizer``: masters and moments, which are updated there, under
+    ZeRO 1 to 3. ``parameters``: a rank's share of the weights, under ZeRO 3.
+    """
+
+    activations: bool = False
+    optimizer: bool = False
+    parameters: bool = False
+
+
+@dataclass(frozen=True)
 class Train:
-    """The optimizer's run. AdamW; the learning rate warms up linearly, then stays or falls as a cosine."""
+    """The optimizer's run. AdamW; the learning rate warms up linearly, then stays or falls as a cosine.
+
+    ``optimizer: adamw8bit`` keeps both moments in 8 bits (Dettmers et al. 2021, arXiv 2110.02861).
+    """
 
     steps: int
     learning_rate: float
@@ -256,8 +275,14 @@ class Train:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 2
     recompute: Literal["none", "feed_forward", "all_but_attention", "full"] = "none"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    offload: Offload = field(default_factory=Offload)
 
     def __post_init__(self) -> None:
+        if self.offload.parameters and self.zero_stage != 3:
+            raise ValueError(f"train.offload.parameters needs train.zero_stage 3, found {self.zero_stage}")
+        if self.offload.optimizer and self.zero_stage == 0:
+            raise ValueError("train.offload.optimizer needs train.zero_stage 1, 2 or 3, found 0")
         positive("train", steps=self.steps, eps=self.eps, clip_norm=self.clip_norm)
         share("train", **{"betas.0": self.betas[0], "betas.1": self.betas[1], "ema_decay": self.ema_decay})
         if self.learning_rate < 0 or self.weight_decay < 0 or self.warmup_steps < 0:
@@ -269,14 +294,38 @@ class Train:
 
 
 @dataclass(frozen=True)
+class ImageCondition:
+    """How the first frame becomes the condition of an image-to-video model, in training and in sampling.
+
+    In training it is covered with noise of standard deviation exp(N(``noise_mean``, ``noise_std``)), drawn for each clip, and
+    left out with probability ``dropout``. ``latent_scale``: its latent is multiplied by the autoencoder's factor (``scale``, as
+    SAT trains), left as it is (``none``, as SAT samples) or divided by it (``inverse``, as diffusers does where a transformer's
+    configuration has invert_scale_latents). ``rest``: what stands for the frames behind it. ``ofs`` goes with 1.5.
+    """
+
+    noise_mean: float = -3.0
+    noise_std: float = 0.5
+    dropout: float = 0.05
+    latent_scale: Literal["scale", "none", "inverse"] = "scale"
+    rest: Literal["zeros", "repeat"] = "zeros"
+    ofs: float = 2.0
+
+    def __post_init__(self) -> None:
+        share("diffusion.image", dropout=self.dropout)
+        if self.noise_std < 0:
+            raise ValueError(f"diffusion.image.noise_std must be >= 0, found {self.noise_std}")
+
+
+@dataclass(frozen=True)
 class Diffusion:
-    """The training objective: v-prediction on the zero-terminal-SNR schedule."""
+    """The training objective: v-prediction on the zero-terminal-SNR schedule. ``image``: of an image-to-video model."""
 
     snr_shift: float = 1.0
     timesteps: Literal["stratified", "uniform"] = "stratified"
     weighting: Literal["element", "clip"] = "element"
     """``element``: every latent element of a step counts alike; ``clip``: every clip does."""
     text_dropout: float = 0.1
+    image: ImageCondition = field(default_factory=ImageCondition)
 
     def __post_init__(self) -> None:
         positive("diffusion", snr_shift=self.snr_shift)
@@ -325,12 +374,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Validation:
-    """Held-out loss on a fixed grid of noise and timesteps, and samples of ``prompts``. 0 means never."""
+    """Held-out loss on a fixed grid of noise and timesteps, and samples of ``prompts``. 0 means never.
+
+    ``images``: the first frame for each prompt, of an image-to-video model.
+    """
 
     every: int = 0
     samples_every: int = 0
     timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
     prompts: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
@@ -344,13 +397,18 @@ class Validation:
 
 @dataclass(frozen=True)
 class DiTRun:
-    """A run of launch/train_dit.py."""
+    """A run of launch/train_dit.py, of a text-to-video or an image-to-video model.
+
+    ``init`` starts it from another run; ``lora`` trains adapters alone.
+    """
 
     run: Run
     model: Model
     data: Data
     train: Train
     checkpoint: Checkpoint
+    init: Init | None = None
+    lora: LoRA | None = None
     parallel: Parallel = field(default_factory=Parallel)
     frozen: Frozen = field(default_factory=Frozen)
     diffusion: Diffusion = field(default_factory=Diffusion)
@@ -358,10 +416,19 @@ class DiTRun:
     validation: Validation = field(default_factory=Validation)
 
     def __post_init__(self) -> None:
-        if self.model.transformer().image_channels:
+        if self.init is not None and self.model.weights is not None:
+            raise ValueError("model.weights and init.from are two beginnings; leave one of them out")
+        if self.model.transformer().image_channels and self.data.source == "latents":
             raise ValueError(
-                f"model.preset {self.model.preset!r} takes an image condition; this command trains text-to-video"
+                f"data.source must be pixels for model.preset {self.model.preset}: its condition is the first frame with noise "
+                "on it, which is drawn anew for every visit"
             )
+        if self.validation.samples_every and self.model.transformer().image_channels:
+            wanted, found = len(self.validation.prompts), len(self.validation.images)
+            if found != wanted:
+                raise ValueError(
+                    f"validation.images must name an image for each of the {wanted} prompts, found {found}"
+                )
         if self.data.source == "pixels" and not (self.frozen.vae and self.frozen.text):
             raise ValueError("data.source: pixels needs frozen.vae and frozen.text, which encode in the loop")
         if self.validation.samples_every and not (self.frozen.vae and self.frozen.text):

@@ -26,12 +26,6 @@ def latent_shape(size: Size, *, channels: int, patch_t: int) -> tuple[int, int, 
     return frames + (-frames) % patch_t, channels, size[1] // SPATIAL, size[2] // SPATIAL
 
 
-def padded_front(latent: Tensor, patch_t: int) -> Tensor:
-    """[T, C, H, W] with copies of the first frame in front, up to whole patches (CogVideoX 1.5)."""
-    missing = (-len(latent)) % patch_t
-    return torch.cat([latent[:1].expand(missing, -1, -1, -1), latent]) if missing else latent
-
-
 @dataclass(frozen=True)
 class Sampler:
     """A transformer with all that turns its velocities into pixels."""

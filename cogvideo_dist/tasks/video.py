@@ -24,8 +24,9 @@ from cogvideo_dist.pack.shard import SequenceShard
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.protocols import Batch, Defect, Learner, Loss, Picture, Sample
 from cogvideo_dist.rng import fold
+from cogvideo_dist.tasks.condition import padded_front
 from cogvideo_dist.tasks.pixels import encode_pixels, stacked
-from cogvideo_dist.tasks.sampling import Sampler, padded_front
+from cogvideo_dist.tasks.sampling import Sampler
 
 HELD_OUT_SEED = 0
 """Not the run's: held-out noise is the same in every run, so that held-out losses can be compared between runs."""

@@ -94,7 +94,7 @@ def test_a_good_file_becomes_typed_values(tmp_path: Path) -> None:
         ("latents", "pixels", "run.yaml:7: data.source: pixels needs frozen.vae and frozen.text"),
         ("tiny-cogvideox-5b", "cogvideox-5", "run.yaml:3: model.preset 'cogvideox-5' is unknown; use one of cogvideox-2b"),
         ("layers: 4", "layers: 0", "run.yaml:4: model.layers must be above 0, found 0"),
-        ("tiny-cogvideox-5b", "cogvideox-5b-i2v", "takes an image condition; this command trains text-to-video"),
+        ("tiny-cogvideox-5b", "cogvideox-5b-i2v", "data.source must be pixels for model.preset cogvideox-5b-i2v"),
         ("run: {dir: runs/a, seed: 3}", "run: 5", "run.yaml:1: run: input should be an object, found 5"),
         ("checkpoint: {every: 5}", "checkpoint: {every: 5, <<: {keep: 2}}", "run.yaml:17: unknown key checkpoint.<<"),
         ("checkpoint: {every: 5}", "checkpoint: {every: 5", "run.yaml: not valid YAML: "),
@@ -188,3 +188,33 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
     assert again == config
     assert to_yaml(again) == text
     assert digest(again) == digest(config) != digest(load(tmp_path))
+
+
+INIT = GOOD + "init: {from: runs/first, positions: extrapolate}\nlora: {rank: 4, special: [{target: ff1, rank: 2}]}\n"
+
+
+def test_a_key_that_is_a_word_of_python_is_read_and_written_as_it_is(tmp_path: Path) -> None:
+    config = load(tmp_path, text=INIT)
+    assert config.init is not None and config.init.from_ == "runs/first"
+    assert "from: runs/first" in to_yaml(config)
+    assert load_config(DiTRun, [write(tmp_path, to_yaml(config), "again.yaml")]) == config
+    assert load(tmp_path, "init.from=other", text=INIT).init.from_ == "other"
+    assert "did you mean from?" in refused(tmp_path, "init.fro=x", text=INIT)
+    assert "init.from" in refused(tmp_path, "init.from=3", text=INIT)
+    assert "two beginnings" in refused(tmp_path, "model.weights=x", text=INIT)
+
+
+def test_adapters_are_one_for_each_linear_named(tmp_path: Path) -> None:
+    lora = load(tmp_path, text=INIT).lora
+    assert lora is not None
+    assert {name: adapter.rank for name, adapter in lora.adapters().items()} == {
+        "q": 4,
+        "k": 4,
+        "v": 4,
+        "out": 4,
+        "ff1": 2,
+    }
+    assert "'w' is none of q, k" in refused(tmp_path, "lora.targets=[w]", text=INIT)
+    assert "rank must be at least 1" in refused(tmp_path, "lora.rank=0", text=INIT)
+    assert "give patch dropout 0" in refused(tmp_path, "lora.targets=[patch]", "lora.dropout=0.1", text=INIT)
+    assert "unknown key lora.special.0.rnak" in refused(tmp_path, "lora.special=[{target: q, rnak: 2}]", text=INIT)

@@ -1,0 +1,50 @@
+"""The first frame as the condition of an image-to-video model: one function for training and for sampling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cogvideo_dist.config.schema import ImageCondition
+from cogvideo_dist.models.vae import VAE
+from cogvideo_dist.tasks.pixels import tiling_of
+
+
+def padded_front(latent: Tensor, patch_t: int) -> Tensor:
+    """[T, C, H, W] with copies of the first frame in front, up to whole patches (CogVideoX 1.5)."""
+    missing = (-len(latent)) % patch_t
+    return torch.cat([latent[:1].expand(missing, -1, -1, -1), latent]) if missing else latent
+
+
+@dataclass(frozen=True)
+class Conditioner:
+    """Makes conditions as ``settings`` say. ``latent_scale`` is the autoencoder's factor, ``patch_t`` the patches' length."""
+
+    vae: VAE
+    settings: ImageCondition
+    latent_scale: float
+    patch_t: int
+    tiling: bool = False
+
+    @property
+    def factor(self) -> float:
+        """What the image's latent is multiplied by."""
+        return {"scale": self.latent_scale, "none": 1.0, "inverse": 1 / self.latent_scale}[self.settings.latent_scale]
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, frames: int, *, generator: torch.Generator, noisy: bool = False) -> Tensor:
+        """An image [3, H, W] in [-1, 1] -> [T, C, h, w] float32 on the CPU, for a latent of so many ``frames`` (T: with those
+        that are put in front of it). The posterior and, where it is to be ``noisy``, the noise come from ``generator``."""
+        if noisy:
+            deviation = math.exp(
+                self.settings.noise_mean + self.settings.noise_std * float(torch.randn((), generator=generator))
+            )
+            image = image + deviation * torch.randn(image.shape, generator=generator).to(image)
+        like = next(self.vae.parameters())
+        posterior = self.vae.encode(image.to(like)[None, :, None], tiling=tiling_of(self.vae, self.tiling))
+        first = posterior.sample(generator)[0].float().cpu().transpose(0, 1) * self.factor
+        rest = first if self.settings.rest == "repeat" else torch.zeros_like(first)
+        return padded_front(torch.cat([first, rest.expand(frames - 1, -1, -1, -1)]), self.patch_t)
