@@ -124,15 +124,31 @@ def folded_noise(seed: int) -> Draw:
     return lambda index, shape: torch.randn(shape, generator=fold(seed, "sampler", index))
 
 
+def first_step(steps: int, *, strength: float) -> int:
+    """The index in a grid of ``steps`` at which a given clip is taken up (SDEdit, arXiv 2108.01073): of the grid, its last
+    ``steps * strength`` steps, rounded down, are done, as the public pipeline counts them.
+
+    Raises ValueError unless ``strength`` is in (0, 1] and leaves a step to do.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0 and at most 1, found {strength:g}")
+    done = int(steps * strength)
+    if not done:
+        raise ValueError(f"strength {strength:g} leaves none of {steps} steps to do; use at least {1 / steps:.3g}")
+    return steps - done
+
+
 @torch.no_grad()
-def trajectory(denoise: Denoise, x: Tensor, *, sampler: Sampler, draw: Draw) -> Iterator[State]:
+def trajectory(denoise: Denoise, x: Tensor, *, sampler: Sampler, draw: Draw, first: int = 0) -> Iterator[State]:
     """Yields the state after every step, from ``x`` of pure standard normal noise; leave the loop to stop early.
 
-    Computes in float32, or in float64 if ``x`` is. Noise is asked of ``draw`` only at the steps that add some.
+    ``first``: the index of the first step, where ``x`` is a clip with the noise of that point of the grid. Computes in float32,
+    or in float64 if ``x`` is. Noise is asked of ``draw`` only at the steps that add some.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     grid, previous_x0 = sampler.grid, None
-    for index, timestep in enumerate(grid.timesteps):
+    for index in range(first, len(grid.timesteps)):
+        timestep = grid.timesteps[index]
         velocity = denoise(x, timestep, index=index).to(x.dtype)
         x0 = grid.schedule.x0_from_velocity(x, velocity, timestep=torch.tensor(timestep))
         x = sampler.mean(x, x0, index=index, previous_x0=previous_x0)
@@ -143,9 +159,11 @@ def trajectory(denoise: Denoise, x: Tensor, *, sampler: Sampler, draw: Draw) -> 
         yield State(index, x, x0)
 
 
-def sample(denoise: Denoise, x: Tensor, *, sampler: Sampler, draw: Draw, preview: Preview | None = None) -> Tensor:
+def sample(
+    denoise: Denoise, x: Tensor, *, sampler: Sampler, draw: Draw, first: int = 0, preview: Preview | None = None
+) -> Tensor:
     """The clean sample at the end of ``trajectory``, of the shape of ``x``; ``preview`` sees every predicted x0."""
-    for state in trajectory(denoise, x, sampler=sampler, draw=draw):
+    for state in trajectory(denoise, x, sampler=sampler, draw=draw, first=first):
         x = state.x
         if preview is not None:
             preview(state.index, state.x0)

@@ -243,11 +243,14 @@ class DiT(nn.Module):
         timestep: Tensor,
         image_latents: Tensor | None = None,
         ofs: Tensor | None = None,
+        *,
+        mesh: ParallelMesh | None = None,
     ) -> Tensor:
         """Velocity of a batch of equal clips: latents [B,T,C,H,W], text [B,L,text_dim], timestep [B] -> [B,T,C,H,W].
 
         ``image_latents`` [B,T,C',H,W] is the image condition of an image-to-video model; ``ofs`` [B] goes with 1.5-5B-I2V.
-        Under tensor parallelism every rank gives and gets the whole, without a gradient.
+        The tokens are divided over ``mesh``, by default over the model's tensor-parallel ranks alone; every rank gives and gets
+        the whole, without a gradient.
         """
         channels = 0 if image_latents is None else image_latents.shape[2]
         if channels != self.config.image_channels:
@@ -257,7 +260,7 @@ class DiT(nn.Module):
         x = latents if image_latents is None else torch.cat([latents, image_latents], dim=2)
         frames, height, width = x.shape[1], x.shape[3], x.shape[4]
         grid = grid_of((frames, height, width), self.config.patch)
-        mesh = ParallelMesh(tp=self.tp, sample=self.tp)
+        mesh = mesh or ParallelMesh(tp=self.tp, sample=self.tp)
         seq = SequenceShard(PackLayout((Clip(text.shape[1], grid),) * len(x)), mesh)
         vision = seq.mine(patchify(x, self.config.patch).flatten(0, 1), VISION)
         velocity = self(vision, seq.mine(text.flatten(0, 1), TEXT), timestep=timestep, seq=seq, ofs=ofs)
