@@ -132,7 +132,7 @@ def heads_outermost(qkv: Tensor, config: DiTConfig) -> Tensor:
 def plain_of(whole: Block, condition: Tensor) -> PlainBlock:
     """The same function of vision tokens as a plain block."""
     plain = PlainBlock(whole.config)
-    (weight1, bias1, gate1, weight2, bias2, gate2), _ = whole._entered(condition)
+    (weight1, bias1, gate1, weight2, bias2, gate2), *_ = whole._entered(condition)
     state = {name: value for name, value in whole.state_dict().items() if name in plain.state_dict()}
     state |= {
         f"qkv.{kind}": heads_outermost(whole.qkv.get_parameter(kind), whole.config) for kind in ("weight", "bias")

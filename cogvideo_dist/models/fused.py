@@ -28,6 +28,9 @@ from cogvideo_dist.pack.layout import Run
 from cogvideo_dist.pack.shard import Rows, SequenceShard
 
 Again = Callable[[], Tensor]
+Drop = Callable[[Tensor], Tensor]
+"""Leaves out elements in place, the same ones each time."""
+
 aten = torch.ops.aten
 
 
@@ -46,17 +49,19 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor, *, runs: Sequence[Run], out
 class NormAffineLinear(torch.autograd.Function):
     """y = gather(LayerNorm(x) * weight[row] + bias[row]) @ w.T + b, x [n, d] -> [w, features of this rank], keeping x alone.
 
-    The affine of the norm and AdaLN's (1 + scale), shift are one weight and one bias per row, so the caller folds them. Their
-    gradients are those of this rank's rows; w and b are this rank's.
+    ``drop`` leaves out elements of what is gathered. The affine of the norm and AdaLN's (1 + scale), shift are one weight and
+    one bias per row, so the caller folds them. Their gradients are those of this rank's rows; w and b are this rank's.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, w: Tensor, b: Tensor, rows: Rows, eps: float
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, w: Tensor, b: Tensor | None, rows: Rows, eps: float,
+        drop: Drop | None,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight, bias, w)
-        ctx.rows, ctx.eps = rows, eps
-        return F.linear(rows.gather(norm_affine(x, weight, bias, runs=rows.runs, eps=eps)).wait(), w, b)
+        ctx.rows, ctx.eps, ctx.drop = rows, eps, drop
+        affine = norm_affine(x, weight, bias, runs=rows.runs, eps=eps)
+        return F.linear(rows.gather(affine if drop is None else drop(affine)).wait(), w, b)
 
     @staticmethod
     @once_differentiable
@@ -68,7 +73,7 @@ class NormAffineLinear(torch.autograd.Function):
         d_w = d_b = coming = None
         if need_w:  # the rows are on their way while their gradient is computed, and that while the weight's is
             affine = _affine(normed, weight, bias, runs=rows.runs, out=torch.empty_like(normed))
-            coming = rows.gather(affine)
+            coming = rows.gather(affine if ctx.drop is None else ctx.drop(affine))
         if need_b:
             d_b = grad.sum(0)
         needed = need_x or need_weight or need_bias
@@ -76,17 +81,25 @@ class NormAffineLinear(torch.autograd.Function):
         if coming is not None:
             d_w = grad.t() @ coming.wait()
         if going is None:
-            return None, None, None, d_w, d_b, None, None
+            return None, None, None, d_w, d_b, None, None, None
         d_affine = going.wait()
-        d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        if ctx.drop is not None:
+            ctx.drop(d_affine)
+        d_weight, d_bias = (
+            torch.zeros_like(t) if need else None for t, need in ((weight, need_weight), (bias, need_bias))
+        )
         for start, stop, row in rows.runs:
             piece = d_affine[start:stop]
-            d_bias[row] = piece.sum(0)
-            d_weight[row] = normed[start:stop].mul_(piece).sum(0)
+            if d_bias is not None:
+                d_bias[row] = piece.sum(0)
+            if d_weight is not None:
+                d_weight[row] = normed[start:stop].mul_(piece).sum(0)
             piece.mul_(weight[row])
-        wanted = [True, False, False]
-        d_x, _, _ = aten.native_layer_norm_backward(d_affine, x, x.shape[-1:], mean, rstd, None, None, wanted)
-        return d_x, d_weight, d_bias, d_w, d_b, None, None
+        d_x = None
+        if need_x:
+            wanted = [True, False, False]
+            d_x, _, _ = aten.native_layer_norm_backward(d_affine, x, x.shape[-1:], mean, rstd, None, None, wanted)
+        return d_x, d_weight, d_bias, d_w, d_b, None, None, None
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:

@@ -57,8 +57,9 @@ class Rows:
 class SequenceShard:
     """This rank's tokens of the sequence of ``layout`` on ``mesh``; by default all of them.
 
-    ``spans`` are this rank's tokens, ``heard`` those of its Ulysses ranks together, with which it attends for some heads.
-    ``rows`` and ``vision_rows`` are its modulation runs, of all tokens and of vision tokens alone.
+    ``spans`` are this rank's tokens, ``wide`` those of its tp ranks together, ``heard`` those of its Ulysses ranks together,
+    with which it attends for some heads. ``rows`` and ``vision_rows`` are its modulation runs, of all tokens and of vision
+    tokens alone.
     """
 
     def __init__(self, layout: PackLayout, mesh: ParallelMesh | None = None, *, attention: str = "auto") -> None:
@@ -67,10 +68,10 @@ class SequenceShard:
         self._shares = ring_shares(layout.lengths, mesh.ring.size)
         self.heard = self._of_ring(mesh.ring.rank)
         self._counts = even(tokens_of(self.heard), mesh.ulysses.size)
-        wide = part(self.heard, mesh.ulysses.size, index=mesh.ulysses.rank)
-        self.spans = part(wide, mesh.tp.size, index=mesh.tp.rank)
-        counts = even(tokens_of(wide), mesh.tp.size)
-        self.rows = Rows(runs_of(self.spans), runs_of(wide), counts, mesh.tp)
+        self.wide = part(self.heard, mesh.ulysses.size, index=mesh.ulysses.rank)
+        self.spans = part(self.wide, mesh.tp.size, index=mesh.tp.rank)
+        counts = even(tokens_of(self.wide), mesh.tp.size)
+        self.rows = Rows(runs_of(self.spans), runs_of(self.wide), counts, mesh.tp)
         vision = vision_runs_of(self.spans)
         self.vision_rows = Rows(vision, vision, (sum(self.vision_counts()),), Axis("none"))
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cogvideo_dist.config.adaptation import LoRA
 from cogvideo_dist.models.dit import DiT, Recompute
+from cogvideo_dist.models.lora import Dropout, adapt
 from cogvideo_dist.models.presets import DiTConfig
 from cogvideo_dist.pack.layout import TEXT, VISION, Clip, PackLayout
 from cogvideo_dist.pack.shard import SequenceShard
@@ -34,8 +36,10 @@ def whole_parameter(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64) * 0.2
 
 
-def model_of(config: DiTConfig, mesh: ParallelMesh, recompute: Recompute = "none") -> DiT:
+def model_of(config: DiTConfig, mesh: ParallelMesh, recompute: Recompute = "none", *, lora: LoRA | None = None) -> DiT:
     model = DiT(config, recompute=recompute, tp=mesh.tp).double()
+    if lora is not None:
+        adapt(model, lora.adapters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(own_slice(model, name, whole_parameter(name, full_shape(model, name, parameter.shape))))
@@ -60,25 +64,30 @@ def inputs(config: DiTConfig, pack: int) -> dict[str, Tensor]:
 
 
 def forward(model: DiT, seq: SequenceShard, given: Tensors) -> Tensor:
-    """This rank's velocity, and its backward."""
+    """This rank's velocity, and its backward; adapters that drop inputs do."""
+    keys = tuple(2**31 - 9 * clip for clip in range(len(seq.layout.clips)))
     out = model(
         seq.mine(given["vision"], VISION), seq.mine(given["text"], TEXT), timestep=given["timestep"], seq=seq,
-        ofs=given["ofs"] if model.config.ofs else None,
+        ofs=given["ofs"] if model.config.ofs else None, dropout=Dropout(keys),
     )  # fmt: skip
     out.backward(seq.mine(given["cotangent"], VISION))
     return out.detach()
 
 
-def reference(config: DiTConfig, packs: int) -> tuple[list[Tensor], Tensors]:
+def reference(config: DiTConfig, packs: int, *, lora: LoRA | None = None) -> tuple[list[Tensor], Tensors]:
     """One process that runs all packs."""
-    model = model_of(config, ParallelMesh())
+    model = model_of(config, ParallelMesh(), lora=lora)
     outs = [forward(model, SequenceShard(packs_of(config)[pack]), inputs(config, pack)) for pack in range(packs)]
     return outs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def under_layout(mesh: ParallelMesh, config: DiTConfig, recompute: Recompute) -> tuple[DiT, Tensor, Tensors]:
+Case = tuple[DiTConfig, Recompute] | tuple[DiTConfig, Recompute, LoRA]
+
+
+def under_layout(mesh: ParallelMesh, case: Case) -> tuple[DiT, Tensor, Tensors]:
     """The whole output of this rank's pack and the whole gradients of every rank's."""
-    model = model_of(config, mesh, recompute)
+    config, recompute, *lora = case
+    model = model_of(config, mesh, recompute, lora=next(iter(lora), None))
     pack = mesh.dp.rank
     seq = SequenceShard(packs_of(config)[pack], mesh)
     out = seq.whole_vision(forward(model, seq, inputs(config, pack)))
@@ -90,14 +99,14 @@ def under_layout(mesh: ParallelMesh, config: DiTConfig, recompute: Recompute) ->
     return model, out, grads
 
 
-def errors(mesh: ParallelMesh, layout: Layout, cases: dict[str, tuple[DiTConfig, Recompute]]) -> dict[str, float]:
+def errors(mesh: ParallelMesh, layout: Layout, cases: dict[str, Case]) -> dict[str, float]:
     """Relative errors of the output and of every gradient in every case, by ``case name``. Without rotations the gradient
     of a key's bias is zero in exact arithmetic (it shifts all scores of a query alike): it is held to its weight's scale."""
     mesh = build_mesh(layout, rank=mesh.world.rank)
     found = {}
-    for case, (config, recompute) in cases.items():
-        _, out, grads = under_layout(mesh, config, recompute)
-        outs, expected = reference(config, layout.dp)
+    for case, (config, recompute, *lora) in cases.items():
+        _, out, grads = under_layout(mesh, (config, recompute, *lora))
+        outs, expected = reference(config, layout.dp, lora=next(iter(lora), None))
         assert grads.keys() == expected.keys()
         mine = outs[mesh.dp.rank]
         found[f"{case} output"] = ((out - mine).abs().max() / mine.abs().max()).item()
