@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from cogvideo_dist.config.load import ConfigError, load_config
-from cogvideo_dist.config.schema import DiTRun
+from cogvideo_dist.config.schema import DiTRun, ImageCondition
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.convert.scheduler import schedule_from_diffusers
 from cogvideo_dist.diffusion.schedule import Schedule, ScheduleConfig
@@ -20,6 +20,9 @@ from launch.autoencoder import fill_from_run
 from launch.compose import build_transformer, load_text, load_vae
 
 Weights = Literal["ema", "raw"]
+
+PIPELINES = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline")
+"""Classes of public pipelines whose folders can be sampled; what they hold, not the class, decides what is sampled."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,15 @@ def open_pipeline(folder: str, weights: Weights, *, device: torch.device) -> Pip
 
 
 def _released(path: Path, device: torch.device) -> Pipeline:
-    if hf.read_json(path / "model_index.json").get("_class_name") != "CogVideoXPipeline":
-        raise ConfigError(f"{path / 'model_index.json'}: only a CogVideoXPipeline (text-to-video) can be sampled")
+    if (name := hf.read_json(path / "model_index.json").get("_class_name")) not in PIPELINES:
+        raise ConfigError(f"{path / 'model_index.json'}: a {name} cannot be sampled, only {', '.join(PIPELINES)}")
     model = hf.load_transformer(path / "transformer").to(device).eval()
     vae = load_vae(str(path / "vae"), device)
     schedule = Schedule(schedule_from_diffusers(hf.read_json(path / "scheduler" / "scheduler_config.json")))
     text = load_text(str(path), model.config, device=device)
-    return Pipeline(Sampler(model, vae, schedule, vae.config.scaling_factor, "chunked"), text, path)
+    inverted = hf.read_json(path / "vae" / "config.json").get("invert_scale_latents", False)
+    image = ImageCondition(latent_scale="inverse" if inverted else "scale")
+    return Pipeline(Sampler(model, vae, schedule, vae.config.scaling_factor, "chunked", image=image), text, path)
 
 
 def _trained(path: Path, weights: Weights, *, device: torch.device) -> Pipeline:
@@ -64,7 +69,7 @@ def _trained(path: Path, weights: Weights, *, device: torch.device) -> Pipeline:
     schedule = Schedule(ScheduleConfig(snr_shift=config.diffusion.snr_shift))
     sampler = Sampler(
         model.to(device).eval(), vae, schedule, vae.config.scaling_factor, config.frozen.vae_semantics,
-        config.frozen.vae_tiling,
+        config.frozen.vae_tiling, config.diffusion.image,
     )  # fmt: skip
     return Pipeline(sampler, text, Path(config.frozen.text), step)
 
