@@ -14,6 +14,7 @@ from cogvideo_dist.diffusion.guidance import guidance_scale, guide
 from cogvideo_dist.diffusion.samplers import SAMPLERS, Denoise, Draw, first_step, folded_noise, sample
 from cogvideo_dist.diffusion.schedule import Schedule
 from cogvideo_dist.models.dit import DiT
+from cogvideo_dist.models.presets import DiTConfig
 from cogvideo_dist.models.vae import VAE, Semantics
 from cogvideo_dist.parallel.mesh import Axis, ParallelMesh
 from cogvideo_dist.parallel.ops import gather
@@ -45,6 +46,18 @@ class Ranks:
     mesh: ParallelMesh | None = None
     branches: Axis = field(default_factory=lambda: Axis("branches"))
     cp: Axis = field(default_factory=lambda: Axis("cp"))
+
+
+def check_image(config: DiTConfig, shape: tuple[int, ...] | None, *, settings: Sampling) -> None:
+    """Refuse an image that the model does not take, none where it needs one, and one of another size than the video's."""
+    if shape is None and config.image_channels:
+        raise ValueError("this model continues an image; give the first frame (--image, or image in a prompts file)")
+    if shape is not None and not config.image_channels:
+        raise ValueError("this model makes videos of text alone and takes no image; leave the image out")
+    if shape is not None and shape != (3, *settings.size[1:]):
+        raise ValueError(
+            f"an image for videos of {list(settings.size)} must be {[3, *settings.size[1:]]}, found {list(shape)}"
+        )
 
 
 class Edit(NamedTuple):
@@ -85,26 +98,13 @@ class Sampler:
 
         Raises ValueError where the model and what is given do not go together.
         """
-        self.check_image(None if image is None else tuple(image.shape), settings)
+        check_image(self.model.config, None if image is None else tuple(image.shape), settings=settings)
         if image is None:
             return None
         conditioner = Conditioner(
             self.vae, self.image, self.latent_scale, self.model.config.patch[0], tiling=self.vae_tiling
         )
         return conditioner(image, latent_frames(settings.size), generator=fold(seed, "image posterior"))
-
-    def check_image(self, shape: tuple[int, ...] | None, settings: Sampling) -> None:
-        """Refuse an image that the model does not take, none where it needs one, and one of another size than the video's."""
-        if shape is None and self.model.config.image_channels:
-            raise ValueError(
-                "this model continues an image: give the first frame (--image, or image in a prompts file)"
-            )
-        if shape is not None and not self.model.config.image_channels:
-            raise ValueError("this model makes videos of text alone and takes no image; leave --image out")
-        if shape is not None and shape != (3, *settings.size[1:]):
-            raise ValueError(
-                f"an image for videos of {list(settings.size)} must be {[3, *settings.size[1:]]}, found {list(shape)}"
-            )
 
     @torch.no_grad()
     def start(self, edit: Edit | None, settings: Sampling, *, seed: int) -> Start | None:
@@ -134,11 +134,14 @@ class Sampler:
         sampler = SAMPLERS[settings.sampler](self.schedule, settings.steps)
         if start is not None:
             noise = self.schedule.add_noise(start.latents, noise, timestep=torch.tensor(sampler.grid.timesteps[first]))
-        latents = sample(
-            self._guided(text, settings, condition=condition, first=first), noise.to(self.model.embed.patch.weight.device), sampler=sampler,
-            draw=draw, first=first,
-            preview=None if preview is None else lambda index, x0: preview(index, x0[padding:]),
-        )  # fmt: skip
+        guided = self._guided(text, settings, condition=condition, first=first)
+        noise = noise.to(self.model.embed.patch.weight.device)
+
+        def seen(index: int, x0: Tensor) -> None:
+            if preview is not None:
+                preview(index, x0[padding:])
+
+        latents = sample(guided, noise, sampler=sampler, draw=draw, first=first, preview=seen)
         return latents[padding:]
 
     def _guided(self, text: Tensor, settings: Sampling, *, condition: Tensor | None, first: int) -> Denoise:
