@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,11 +14,12 @@ from torch import nn
 from cogvideo_dist.config.autoencoder import VAELoss, VAEModel, VAERun
 from cogvideo_dist.config.load import ConfigError, load_config
 from cogvideo_dist.convert import diffusers as hf
-from cogvideo_dist.engine.checkpoint import FullState, load, newest
+from cogvideo_dist.engine.checkpoint import load, newest, read_manifest
 from cogvideo_dist.models.critic import Critic, CriticConfig
 from cogvideo_dist.models.init import draw_parameters
 from cogvideo_dist.models.perceptual import Perceptual
 from cogvideo_dist.models.vae import VAE, VAEConfig
+from cogvideo_dist.parallel.split import own_slice
 from cogvideo_dist.tasks.vae import Judges
 
 FIELDS = {
@@ -61,7 +64,7 @@ def trained_vae(path: Path, weights: str | None) -> tuple[VAE, int]:
     config = load_config(VAERun, [path / "config.yaml"])
     model = VAE(vae_config(config.model))
     kept = "raw" if config.train.ema_decay is None else "ema"
-    return model, fill_from_run(model, path, weights=weights or kept)
+    return model, fill(model, _newest(path), weights=weights or kept)
 
 
 def build_judges(config: VAELoss, *, seed: int, device: torch.device) -> Judges:
@@ -97,16 +100,28 @@ def fill_critic(critic: Critic, run: Path) -> None:
     critic.load_state_dict(state["weights"], strict=True)
 
 
-def fill_from_run(model: nn.Module, path: Path, *, weights: str) -> int:
-    """Load a run's newest whole checkpoint into ``model``, averaged ("ema") or last ("raw") weights; its step."""
-    checkpoint = _newest(path)
-    state: FullState
-    state, saved = load(checkpoint, model)
+@torch.no_grad()
+def fill(model: nn.Module, checkpoint: Path, *, weights: str) -> int:
+    """Load a checkpoint into what of ``model`` is trained (this rank's slice), averaged ("ema") or last ("raw") weights; its
+    step."""
     kind = "weights" if weights == "raw" else "ema"
-    if kind not in state:
-        raise ConfigError(f"{checkpoint} keeps no averaged weights (train.ema_decay is off); use --weights raw")
-    model.load_state_dict(state[kind], strict=True)
+    checkpoint_file(checkpoint, kind)
+    state, saved = load(checkpoint, model, kinds=(kind,))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(own_slice(model, name, state[kind][name]))
     return saved.step
+
+
+def checkpoint_file(checkpoint: Path, kind: str) -> Mapping[str, Any]:
+    """What the manifest says of the file with the last weights ("weights") or the averaged ones ("ema")."""
+    files = read_manifest(checkpoint)["files"]
+    if f"{kind}.safetensors" not in files:
+        raise ConfigError(
+            f"{checkpoint} keeps no averaged weights (train.ema_decay is off); take the last ones (--weights raw, or "
+            "init.weights=raw)"
+        )
+    return files[f"{kind}.safetensors"]
 
 
 def _newest(run: Path) -> Path:

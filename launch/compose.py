@@ -24,13 +24,11 @@ from cogvideo_dist.data.plan import Notes, Plan
 from cogvideo_dist.engine.checkpoint import flat
 from cogvideo_dist.engine.log import report_line
 from cogvideo_dist.evaluation.media import replacing
-from cogvideo_dist.models.dit import DiT, Recompute
-from cogvideo_dist.models.init import draw_parameters
 from cogvideo_dist.models.presets import LATENT_SCALE, DiTConfig
 from cogvideo_dist.models.text import TextEncoder
 from cogvideo_dist.models.vae import VAE, Tiling
 from cogvideo_dist.pack.layout import Clip
-from cogvideo_dist.parallel.mesh import Axis, ParallelMesh
+from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.parallel.ops import barrier, broadcast_object
 from cogvideo_dist.protocols import Batch, Defect, Geometry
 from cogvideo_dist.tasks.pixels import tiling_of
@@ -73,27 +71,6 @@ class LatentGeometry:
 
     def cost(self, clip: Clip) -> float:
         return float(clip.tokens)
-
-
-def build_transformer(config: DiTRun, *, tp: Axis | None = None) -> DiT:
-    """This rank's slice, from ``model.weights`` (a diffusers ``transformer`` folder), else drawn from the seed."""
-    wanted = config.model.transformer()
-    recompute: Recompute = config.train.recompute
-    if config.model.weights is None:
-        model = DiT(wanted, recompute=recompute, tp=tp)
-        draw_parameters(model, config.run.seed)
-        return model
-    model = hf.load_transformer(config.model.weights, recompute=recompute, tp=tp)
-    differences = [
-        f"{field.name} is {getattr(model.config, field.name)}, not {getattr(wanted, field.name)}"
-        for field in dataclasses.fields(DiTConfig)
-        if getattr(model.config, field.name) != getattr(wanted, field.name)
-    ]
-    if differences:
-        raise ConfigError(
-            f"model.weights {config.model.weights} is not model.preset {config.model.preset}: {differences[0]}"
-        )
-    return model.float()
 
 
 def load_frozen(config: DiTRun, *, device: torch.device, records: Catalog, pictures: bool) -> FrozenModels:

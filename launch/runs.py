@@ -13,11 +13,10 @@ from cogvideo_dist.config.schema import DiTRun, ImageCondition
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.convert.scheduler import schedule_from_diffusers
 from cogvideo_dist.diffusion.schedule import Schedule, ScheduleConfig
-from cogvideo_dist.models.dit import DiT
 from cogvideo_dist.models.text import TextEncoder
 from cogvideo_dist.tasks.sampling import Sampler
-from launch.autoencoder import fill_from_run
-from launch.compose import build_transformer, load_text, load_vae
+from launch.beginning import trained_transformer
+from launch.compose import load_text, load_vae
 
 Weights = Literal["ema", "raw"]
 
@@ -72,9 +71,3 @@ def _trained(path: Path, weights: Weights, *, device: torch.device) -> Pipeline:
         config.frozen.vae_tiling, config.diffusion.image,
     )  # fmt: skip
     return Pipeline(sampler, text, Path(config.frozen.text), step)
-
-
-def trained_transformer(path: Path, config: DiTRun, *, weights: Weights) -> tuple[DiT, int]:
-    """The transformer of the newest whole checkpoint, and its step."""
-    model = build_transformer(config)
-    return model, fill_from_run(model, path, weights=weights)

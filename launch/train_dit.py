@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 
 from cogvideo_dist.config.load import load_config
@@ -9,8 +11,9 @@ from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.data.loader import check_ranks
 from cogvideo_dist.pack.attention import backend_for
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, Place, choose_layout, stop
-from cogvideo_dist.tasks.video import Sharding, VideoTask
-from launch.compose import RankData, TransformerGeometry, build_transformer, load_frozen
+from cogvideo_dist.tasks.video import Adapting, Sharding, VideoTask
+from launch.beginning import begin
+from launch.compose import RankData, TransformerGeometry, load_frozen
 from launch.environment import device_of, join, read_place, run_command, split_config, training_parser
 from launch.training import run_training
 
@@ -43,15 +46,13 @@ def train(config: DiTRun, mesh: ParallelMesh, *, device: torch.device, new_data:
     """The whole run, on this rank of ``mesh``; ``new_data``: although its data is not what it began with."""
     data = RankData(config.data, run=config.run, geometry=TransformerGeometry(config.model.transformer()), mesh=mesh)
     frozen = load_frozen(config, device=device, records=data.records, pictures=config.validation.samples_every > 0)
+    begun = begin(config, mesh)
+    adapters = None if config.lora is None else Adapting(asdict(config.lora), begun.base)
     task = VideoTask(
-        build_transformer(config, tp=mesh.tp),
-        frozen,
-        diffusion=config.diffusion,
-        validation=config.validation,
-        seed=config.run.seed,
-        sharding=Sharding(mesh, config.parallel.attention),
-    )
-    run_training(config, task, data=data, mesh=mesh, new_data=new_data)
+        begun.model, frozen, diffusion=config.diffusion, validation=config.validation, seed=config.run.seed,
+        sharding=Sharding(mesh, config.parallel.attention), adapting=adapters,
+    )  # fmt: skip
+    run_training(config, task, data=data, mesh=mesh, new_data=new_data, lineage=begun.lineage)
 
 
 if __name__ == "__main__":

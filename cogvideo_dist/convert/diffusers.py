@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,22 @@ from cogvideo_dist.parallel.split import full_shape, own_slice, split_of
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def load_transformer(folder: str | Path, *, recompute: Recompute = "none", tp: Axis | None = None) -> DiT:
+def load_transformer(
+    folder: str | Path,
+    *,
+    recompute: Recompute = "none",
+    tp: Axis | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> DiT:
     """The transformer of a diffusers ``transformer/`` folder, any released variant, in the dtype it is stored in.
 
-    Under ``tp`` this rank's slice of it.
+    Under ``tp`` this rank's slice of it. ``changes``: fields of the configuration that are to be other than the folder's.
 
     Raises ``ValueError`` naming the file and the tensor or field that is missing, unknown or of another shape.
     """
     folder = Path(folder)
     config = dit_config_from_diffusers(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = replace(config, **(changes or {}))
     with torch.device("meta"):
         model = DiT(config, recompute=recompute, tp=tp)
     return _filled(model, folder, dit_rows(config))

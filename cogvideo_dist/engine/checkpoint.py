@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,15 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint holds beside tensors: ``step`` updates were made; ``about`` tells of which run and model."""
+    """What a checkpoint holds beside tensors: ``step`` updates were made on ``samples`` clips; ``about`` tells of which run and
+    model, ``lineage`` of the stages before it."""
 
     step: int
     seed: int
     about: Mapping[str, Any]
     scaler: Mapping[str, float]
+    samples: int = 0
+    lineage: Sequence[Mapping[str, Any]] = ()
 
 
 def save(folder: Path, state: FullState, *, saved: Saved, keep: int) -> Path:
@@ -58,7 +61,8 @@ def save(folder: Path, state: FullState, *, saved: Saved, keep: int) -> Path:
         files[path.name] = {"size": path.stat().st_size, "sha256": file_hash(path)}
     manifest = {
         "format": FORMAT, "step": saved.step, "seed": saved.seed, "about": dict(saved.about),
-        "scaler": dict(saved.scaler), "torch": torch.__version__, "files": files,
+        "scaler": dict(saved.scaler), "samples": saved.samples, "lineage": list(saved.lineage),
+        "torch": torch.__version__, "files": files,
     }  # fmt: skip
     path = aside / "manifest.json"
     path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -135,8 +139,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def load(path: Path, model: nn.Module, *, name: str = "") -> tuple[FullState, Saved]:
-    """The state of a verified checkpoint for ``model``, by kind; ``name`` is that of a model beside the task's own.
+def load(
+    path: Path, model: nn.Module, *, name: str = "", kinds: Sequence[str] | None = None
+) -> tuple[FullState, Saved]:
+    """The state of a verified checkpoint for ``model``, by kind, or only some ``kinds`` of it; ``name`` is that of a model
+    beside the task's own.
 
     A checkpoint of another model is refused by the first difference.
     """
@@ -145,11 +152,13 @@ def load(path: Path, model: nn.Module, *, name: str = "") -> tuple[FullState, Sa
     state: FullState = {}
     for file in manifest["files"]:
         owner, _, kind = file.removesuffix(".safetensors").rpartition(".")
-        if owner == name:
+        if owner == name and (kinds is None or kind in kinds):
             tensors = load_file(path / file)
             check_shapes(expected, {key: tuple(t.shape) for key, t in tensors.items()}, source=str(path / file))
             state[kind] = tensors
-    return state, Saved(manifest["step"], manifest["seed"], manifest["about"], manifest["scaler"])
+    # checkpoints made before lineages were kept lack both
+    came = manifest.get("samples", 0), tuple(manifest.get("lineage", ()))
+    return state, Saved(manifest["step"], manifest["seed"], manifest["about"], manifest["scaler"], *came)
 
 
 def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], *, source: str) -> None:

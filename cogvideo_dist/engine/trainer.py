@@ -23,6 +23,7 @@ from cogvideo_dist.engine.checkpoint import (
     save,
 )
 from cogvideo_dist.engine.flops import peak_flops
+from cogvideo_dist.engine.lineage import Lineage
 from cogvideo_dist.engine.log import Meter, RunLog, means, peak_memory
 from cogvideo_dist.engine.optim import learning_rate, state_keys
 from cogvideo_dist.engine.zero import Engine
@@ -59,9 +60,11 @@ class Trainer:
     """One run of one task on one mesh, from its newest checkpoint (or from the start) to its last step."""
 
     def __init__(
-        self, settings: Settings, task: Task, *, batches: Batches, mesh: ParallelMesh, data_limits: DataLimits
-    ) -> None:
+        self, settings: Settings, task: Task, *, batches: Batches, mesh: ParallelMesh, data_limits: DataLimits,
+        lineage: Lineage | None = None,
+    ) -> None:  # fmt: skip
         self.settings, self.task, self.batches, self.mesh = settings, task, batches, mesh
+        self.lineage, self.samples = lineage or Lineage(), 0
         self.limits = data_limits
         self.folder = Path(settings.run.dir)
         self.problems: list[str] = []
@@ -116,6 +119,7 @@ class Trainer:
         learners = [own, *self.task.rivals(self.settings.train)]
         if path is None:
             return 0, [Player(learner, self._engine(learner)) for learner in learners]
+        self.samples = read_manifest(path).get("samples", 0)
         return read_manifest(path)["step"], [Player(learner, self._restored(learner, path)) for learner in learners]
 
     def _engine(self, learner: Learner) -> Engine:
@@ -164,7 +168,8 @@ class Trainer:
     def _learn(self, player: Player, batch: Batch) -> None:
         """One micro-step of one of the models."""
         learner, engine = player.learner, player.engine
-        loss = learner.loss(engine.forward, batch)
+        with engine.keeping():
+            loss = learner.loss(engine.forward, batch)
         engine.backward(loss.total)
         engine.step(player.rate(batch.plan.step))
         # Losses are shares of every rank: their sum over ranks and micro-steps is that of a step.
@@ -190,6 +195,7 @@ class Trainer:
         steps = sums.pop("steps")[0] / self.mesh.world.size
         tokens, samples = sums.pop("tokens"), sums.pop("samples")
         flops, wait = sums.pop("flops")[0], sums.pop("time/loader_wait")[0]
+        self.samples += int(samples[0])
         replaced, partial = self._list_defects()
         averages = means(sums)
         values = {
@@ -201,6 +207,8 @@ class Trainer:
             "data/padding_share": 1 - tokens[0] / tokens[1],
             "data/loader_wait_share": wait / self.mesh.world.size / elapsed,
             "data/samples": samples[0],
+            "lineage/steps": self.lineage.steps + done,
+            "lineage/samples": self.lineage.samples + self.samples,
             "data/replaced_samples": replaced,
             "data/partial_samples": partial,
             "memory/peak_gib": max(gather_objects(peak_memory(device), self.mesh.world)) / 2**30,
@@ -292,7 +300,8 @@ class Trainer:
             state |= {player.learner.prefix + kind: tensors for kind, tensors in own.items()}
             scaler |= {player.learner.prefix + key: value for key, value in player.engine.scaler.items()}
         if self.mesh.is_first:
-            saved = Saved(done, self.settings.run.seed, self._about(), scaler)
+            came = self.samples, self.lineage.plain()
+            saved = Saved(done, self.settings.run.seed, self._about(), scaler, *came)
             save(self.folder / "ckpt", state, saved=saved, keep=self.settings.checkpoint.keep)
         barrier(self.mesh.world)
 

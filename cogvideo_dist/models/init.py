@@ -48,9 +48,12 @@ def fan_in_uniform(fan_in: int) -> Initial:
 
 
 @torch.no_grad()
-def draw_parameters(model: nn.Module, seed: int) -> None:
-    """Set every parameter of ``model`` (a ``Drawable``) from ``fold(seed, name)``, whatever its device, dtype and layout."""
+def draw_parameters(model: nn.Module, seed: int, *, only: Callable[[str], bool] = lambda name: True) -> None:
+    """Set the parameters of ``model`` (a ``Drawable``) whose names pass ``only`` from ``fold(seed, name)``, whatever its device,
+    dtype and layout."""
     for name, parameter in model.named_parameters():
+        if not only(name):
+            continue
         rule = model.initial(name)  # type: ignore[operator]
         whole = rule(full_shape(model, name, parameter.shape), fold(seed, "parameter", name))
         parameter.copy_(own_slice(model, name, whole))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cogvideo_dist.config.schema import ImageCondition
+from cogvideo_dist.config.schema import ImageCondition, Size
+from cogvideo_dist.data.decode import DecodeError, decode_image
 from cogvideo_dist.models.vae import VAE
 from cogvideo_dist.tasks.pixels import tiling_of
 
@@ -17,6 +20,22 @@ def padded_front(latent: Tensor, patch_t: int) -> Tensor:
     """[T, C, H, W] with copies of the first frame in front, up to whole patches (CogVideoX 1.5)."""
     missing = (-len(latent)) % patch_t
     return torch.cat([latent[:1].expand(missing, -1, -1, -1), latent]) if missing else latent
+
+
+def read_image(path: str | Path, size: Size) -> Tensor:
+    """An image file [3, H, W] in [-1, 1], scaled down to cover a video of ``size`` and cut around its middle; ``ValueError``
+    names the file."""
+    pixels = np.empty((1, *size[1:], 3), np.uint8)
+    try:
+        decode_image(Path(path).read_bytes(), pixels)
+    except (OSError, DecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return first_frame(torch.from_numpy(pixels))
+
+
+def first_frame(pixels: Tensor) -> Tensor:
+    """Of a clip uint8 [T, H, W, 3]: [3, H, W] in [-1, 1]."""
+    return pixels[0].permute(2, 0, 1).float() / 127.5 - 1
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Text-to-video: a pack of clips -> the share of the step's velocity loss (Yang et al. 2024, sec. 2; Salimans and Ho 2022)."""
+"""Text-to-video and image-to-video: a pack of clips -> the share of the step's velocity loss (Yang et al. 2024, sec. 2;
+Salimans and Ho 2022)."""
 
 from __future__ import annotations
 
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogvideo_dist.config.schema import AttentionName, Diffusion, Train, Validation
+from cogvideo_dist.config.schema import TEMPORAL, AttentionName, Diffusion, Train, Validation
 from cogvideo_dist.diffusion.loss import squared_errors
 from cogvideo_dist.diffusion.schedule import Schedule, ScheduleConfig
 from cogvideo_dist.diffusion.timesteps import TIMESTEP_SAMPLING
 from cogvideo_dist.evaluation.media import to_uint8
 from cogvideo_dist.models.dit import DiT
+from cogvideo_dist.models.lora import Dropout
 from cogvideo_dist.models.text import TextEncoder
 from cogvideo_dist.models.vae import VAE, Posterior, Semantics
 from cogvideo_dist.pack.layout import TEXT, VISION, PackLayout
@@ -24,7 +26,7 @@ from cogvideo_dist.pack.shard import SequenceShard
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.protocols import Batch, Defect, Learner, Loss, Picture, Sample
 from cogvideo_dist.rng import fold
-from cogvideo_dist.tasks.condition import padded_front
+from cogvideo_dist.tasks.condition import Conditioner, first_frame, padded_front, read_image
 from cogvideo_dist.tasks.pixels import encode_pixels, stacked
 from cogvideo_dist.tasks.sampling import Sampler
 
@@ -51,21 +53,44 @@ class FrozenModels:
     vae_tiling: bool = False
 
 
+@dataclass(frozen=True)
+class Given:
+    """What the model is asked about a pack: of each clip its latent, noise and condition [T, C, H, W] and its timestep; the
+    pack's text [n_text, dim]; what adapters drop."""
+
+    latents: list[Tensor]
+    noise: list[Tensor]
+    timesteps: list[int]
+    text: Tensor
+    conditions: list[Tensor] | None = None
+    dropout: Dropout | None = None
+
+
+@dataclass(frozen=True)
+class Adapting:
+    """That adapters are trained alone: their settings, and what the frozen weights under them are."""
+
+    settings: Mapping[str, Any]
+    base: str | None
+
+
 class VideoTask:
-    """Trains ``model`` on the velocity of noisy latents."""
+    """Trains ``model`` on the velocity of noisy latents; ``adapting``: only its adapters."""
 
     def __init__(
         self, model: DiT, frozen: FrozenModels, *, diffusion: Diffusion, validation: Validation, seed: int,
-        sharding: Sharding | None = None,
+        sharding: Sharding | None = None, adapting: Adapting | None = None,
     ) -> None:  # fmt: skip
         self.model, self.frozen, self.diffusion, self.validation, self.seed = model, frozen, diffusion, validation, seed
+        self.adapting = adapting
         self.schedule = Schedule(ScheduleConfig(snr_shift=diffusion.snr_shift))
         self.sharding = sharding or Sharding()
         self.measured: set[str] = set()  # keys of the samples whose captions were counted
         self.cut: list[Defect] = []
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """The pack's share of the step's loss; timesteps, noise, posterior and dropout follow (seed, epoch, step, sample)."""
+        """The pack's share of the step's loss; timesteps, noise, posterior, condition and dropout follow (seed, epoch, step,
+        sample)."""
         draw = TIMESTEP_SAMPLING[self.diffusion.timesteps]
         all_timesteps = draw(self.seed, batch.plan.step, clips=batch.plan.clips)
         timesteps = all_timesteps[batch.first : batch.first + len(batch.samples)]
@@ -74,8 +99,11 @@ class VideoTask:
             torch.randn(latent.shape, generator=fold(self.seed, "noise", sample.slot.epoch, sample.slot.index))
             for latent, sample in zip(latents, batch.samples)
         ]
-        text = self._text(batch.samples, dropout=True)
-        errors = self._squared_errors(model, batch.layout, latents=latents, noise=noise, timesteps=timesteps, text=text)
+        given = Given(
+            latents, noise, timesteps, self._text(batch.samples, dropout=True), self._conditions(batch.samples),
+            Dropout(tuple(self._key(sample) for sample in batch.samples)),
+        )  # fmt: skip
+        errors = self._squared_errors(model, batch.layout, given)
         counts = torch.tensor([latent.numel() for latent in latents], device=errors.device)
         total = (errors * self._weights(batch, counts)).sum()
         return Loss(total, self._metrics(errors.detach() / counts, timesteps))
@@ -84,7 +112,7 @@ class VideoTask:
     def held_out_loss(self, model: nn.Module, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Mean velocity error per clip at each timestep of the grid, with noise fixed by (sample, timestep)."""
         latents = self._latents(batch.samples, sampled=False)
-        text = self._text(batch.samples, dropout=False)
+        text, conditions = self._text(batch.samples, dropout=False), self._conditions(batch.samples, held_out=True)
         counts = torch.tensor([latent.numel() for latent in latents])
         clips = torch.tensor(len(latents) * self._share())
         metrics = {}
@@ -93,9 +121,8 @@ class VideoTask:
                 torch.randn(latent.shape, generator=fold(HELD_OUT_SEED, "held out", sample.key, timestep))
                 for latent, sample in zip(latents, batch.samples)
             ]
-            errors = self._squared_errors(
-                model, batch.layout, latents=latents, noise=noise, timesteps=[timestep] * len(latents), text=text
-            )
+            given = Given(latents, noise, [timestep] * len(latents), text, conditions)
+            errors = self._squared_errors(model, batch.layout, given)
             metrics[f"held_out/t{timestep}"] = (errors / counts.to(errors.device)).sum(), clips
         together = torch.stack([total for total, _ in metrics.values()]).sum()
         return {"held_out/loss": (together, clips * len(metrics)), **metrics}
@@ -107,15 +134,15 @@ class VideoTask:
         settings = self.validation.sampling
         sampler = Sampler(
             self.model, self.frozen.vae, self.schedule, self.frozen.latent_scale, self.frozen.vae_semantics,
-            self.frozen.vae_tiling,
+            self.frozen.vae_tiling, self.diffusion.image,
         )  # fmt: skip
         texts = self.frozen.text.encode(self.validation.prompts)
-        return [
-            Picture(
-                f"prompt-{i:02d}", prompt, to_uint8(sampler.video(text, settings, seed=settings.seed + i)), settings.fps
-            )
-            for i, (prompt, text) in enumerate(zip(self.validation.prompts, texts))
-        ]
+        files, made = self.validation.images or (None,) * len(texts), []
+        for i, (prompt, text, file) in enumerate(zip(self.validation.prompts, texts, files)):
+            image = None if file is None else read_image(file, settings.size)
+            video = sampler.video(text, settings, seed=settings.seed + i, image=image)
+            made.append(Picture(f"prompt-{i:02d}", prompt, to_uint8(video), settings.fps))
+        return made
 
     def rivals(self, train: Train) -> Sequence[Learner]:
         return ()
@@ -132,7 +159,14 @@ class VideoTask:
         return 3.0 * layers * (24 * layout.tokens * d**2 + 4 * d * squares)
 
     def fingerprint(self) -> Mapping[str, Any]:
-        return {"task": "text-to-video", "model": asdict(self.model.config), "latent_scale": self.frozen.latent_scale}
+        facts: dict[str, Any] = {
+            "task": "text-to-video", "model": asdict(self.model.config), "latent_scale": self.frozen.latent_scale,
+        }  # fmt: skip
+        if self.model.config.image_channels:
+            facts |= {"task": "image-to-video", "image": asdict(self.diffusion.image)}
+        if self.adapting is not None:
+            facts |= {"lora": self.adapting.settings, "base": self.adapting.base}
+        return facts
 
     def _latents(self, samples: tuple[Sample, ...], *, sampled: bool = True) -> list[Tensor]:
         """[T, C, H, W] float32 each, as the transformer sees them: scaled, with the front padding of 1.5."""
@@ -142,6 +176,39 @@ class VideoTask:
             latent = (posterior.sample(generator) if sampled else posterior.mode())[0].float().transpose(0, 1)
             latents.append(padded_front(latent * self.frozen.latent_scale, self.model.config.patch[0]))
         return latents
+
+    def _conditions(self, samples: tuple[Sample, ...], *, held_out: bool = False) -> list[Tensor] | None:
+        """The image condition of every clip, [T, C, H, W] as its latent, of an image-to-video model: its own first frame with
+        noise, or nothing at all. Held-out clips have neither."""
+        if not self.model.config.image_channels:
+            return None
+        settings, vae = self.diffusion.image, self.frozen.vae
+        if vae is None:
+            raise ValueError("an image-to-video model needs frozen.vae, which encodes its condition")
+        conditioner = Conditioner(
+            vae, settings, self.frozen.latent_scale, self.model.config.patch[0], self.frozen.vae_tiling
+        )
+        conditions = []
+        for sample in samples:
+            if sample.pixels is None:
+                raise ValueError(f"sample {sample.key} holds no pixels for its condition; use data.source: pixels")
+            slot, frames = sample.slot, (sample.slot.size[0] - 1) // TEMPORAL + 1
+            what = (
+                (HELD_OUT_SEED, "held out image", sample.key)
+                if held_out
+                else (self.seed, "image", slot.epoch, slot.index)
+            )
+            generator = fold(*what)
+            left_out = not held_out and float(torch.rand((), generator=generator)) < settings.dropout
+            image = first_frame(sample.pixels)
+            condition = conditioner(image, frames, generator=generator, noisy=not held_out)
+            conditions.append(torch.zeros_like(condition) if left_out else condition)
+        return conditions
+
+    def _key(self, sample: Sample) -> int:
+        """From which the dropout of adapters' inputs follows."""
+        generator = fold(self.seed, "adapter dropout", sample.slot.epoch, sample.slot.index)
+        return int(torch.randint(2**32, (), generator=generator))
 
     def _posteriors(self, samples: tuple[Sample, ...]) -> list[Posterior]:
         """Stored ones, or those of the frozen autoencoder; neighbours of one size are one batch of it."""
@@ -190,24 +257,26 @@ class VideoTask:
                     self.cut.append(Defect(sample.key, sample.source, cut_reason(tokens, self.frozen.text.length)))
         return self.frozen.text.encode([sample.caption for sample in samples]).clone()
 
-    def _squared_errors(
-        self, model: nn.Module, layout: PackLayout, *, latents: list[Tensor], noise: list[Tensor], timesteps: list[int],
-        text: Tensor,
-    ) -> Tensor:  # fmt: skip
+    def _squared_errors(self, model: nn.Module, layout: PackLayout, given: Given) -> Tensor:
         """Sum of squared velocity errors of each clip over this rank's tokens, [clips], in float32."""
         seq = SequenceShard(layout, self.sharding.mesh, attention=self.sharding.attention)
         weight = self.model.embed.patch.weight
-        patch = self.model.config.patch
+        patch, config = self.model.config.patch, self.model.config
         inputs, targets = [], []
-        for latent, eps, timestep in zip(latents, noise, timesteps):
+        for index, (latent, eps, timestep) in enumerate(zip(given.latents, given.noise, given.timesteps)):
             latent, eps, at = latent.to(weight.device), eps.to(weight.device), torch.tensor(timestep)
-            inputs.append(patchify(self.schedule.add_noise(latent, eps, timestep=at), patch))
+            noisy = self.schedule.add_noise(latent, eps, timestep=at)
+            if given.conditions is not None:
+                noisy = torch.cat([noisy, given.conditions[index].to(noisy)], dim=1)
+            inputs.append(patchify(noisy, patch))
             targets.append(patchify(self.schedule.velocity(latent, eps, timestep=at), patch))
         velocity = model(
             seq.mine(torch.cat(inputs), VISION).to(weight.dtype),
-            seq.mine(text, TEXT).to(weight.device, weight.dtype),
-            timestep=torch.tensor(timesteps, device=weight.device),
+            seq.mine(given.text, TEXT).to(weight.device, weight.dtype),
+            timestep=torch.tensor(given.timesteps, device=weight.device),
             seq=seq,
+            ofs=torch.full((len(inputs),), self.diffusion.image.ofs, device=weight.device) if config.ofs else None,
+            dropout=given.dropout,
         )
         return squared_errors(velocity, seq.mine(torch.cat(targets), VISION), lengths=seq.vision_counts())
 

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 
 from cogvideo_dist.data.index import Index
 from cogvideo_dist.engine.checkpoint import load, newest
+from cogvideo_dist.engine.lineage import Lineage
 from cogvideo_dist.models.init import draw_parameters
-from launch.compose import build_transformer, load_vae
+from launch.beginning import base_model
+from launch.compose import load_vae
 from launch.runs import open_pipeline
 from tests.launch.world import LENGTH, World, outcome, read_log, report, save_tiny_vae, steps_of, train, try_train
 from tests.ranks import run_ranks
@@ -137,7 +139,7 @@ def test_the_exported_transformer_is_the_checkpoint(
     found = load_file(tmp_path / "native" / "weights.safetensors")
     path, _ = newest(trained / "ckpt")
     assert path is not None
-    state, _ = load(path, build_transformer(world.config(trained)))
+    state, _ = load(path, base_model(world.config(trained), Lineage())[0])
     expected = state["ema" if weights == "ema" else "weights"]
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -220,7 +222,7 @@ def test_five_steps_at_rate_zero_leave_a_released_model_and_its_samples_as_they_
     )
     run_ranks(train, 2, world.file, world.overrides(run, *changes))
     config = world.config(run, *changes)
-    before = build_transformer(config)
+    before = base_model(config, Lineage())[0]
     path, _ = newest(run / "ckpt")
     assert path is not None
     state, saved = load(path, before)
@@ -289,7 +291,11 @@ def test_a_run_without_average_says_so(monkeypatch: pytest.MonkeyPatch, world: W
 
 def test_the_seed_alone_decides_the_first_weights(world: World) -> None:
     config = world.config(world.root / "x")
-    first, again, other = build_transformer(config), build_transformer(config), build_transformer(config)
+    first, again, other = (
+        base_model(config, Lineage())[0],
+        base_model(config, Lineage())[0],
+        base_model(config, Lineage())[0],
+    )
     draw_parameters(other, 6)
     pairs = list(zip(first.parameters(), again.parameters(), other.parameters()))
     assert all(torch.equal(a, b) for a, b, _ in pairs)

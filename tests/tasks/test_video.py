@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.diffusion.timesteps import stratified_timesteps, uniform_timesteps
+from cogvideo_dist.engine.lineage import Lineage
 from cogvideo_dist.models.dit import DiT
 from cogvideo_dist.models.presets import tiny
 from cogvideo_dist.pack.layout import Clip, PackLayout
@@ -21,7 +22,8 @@ from cogvideo_dist.parallel.mesh import Axis, ParallelMesh
 from cogvideo_dist.protocols import Batch
 from cogvideo_dist.rng import fold
 from cogvideo_dist.tasks.video import FrozenModels, VideoTask
-from launch.compose import RankData, TransformerGeometry, build_transformer, load_frozen
+from launch.beginning import base_model
+from launch.compose import RankData, TransformerGeometry, load_frozen
 from tests.launch.world import World
 
 CPU = torch.device("cpu")
@@ -51,7 +53,7 @@ def config(world: World) -> DiTRun:
 @pytest.fixture(scope="module")
 def model(config: DiTRun) -> DiT:
     """With open gates, so that every token's loss depends on its text and timestep."""
-    model = build_transformer(config)
+    model, _ = base_model(config, Lineage())
     with torch.no_grad():
         for index, parameter in enumerate(model.parameters()):
             parameter.add_(torch.randn(parameter.shape, generator=fold(index)) * 0.1)
