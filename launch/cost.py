@@ -1,0 +1,365 @@
+"""What a run of launch/train_dit.py takes, on paper: python launch/cost.py --config FILE [key=value ...] --gpus N
+
+Assumptions. Packs are full of the size that costs most a token, so times are upper bounds. Matrix products run at ``GEMM`` and
+attention at ``ATTENTION`` (launch/compose.py), a backward of attention makes its scores again (2.5 forwards), everything
+elementwise takes ``ELEMENTWISE`` more, and nothing that is sent hides behind anything that is computed. Every rank of a sample
+encodes the whole sample. A layer keeps ``KEPT`` bytes for the backward of each token and hidden element in 16 bits, and its
+backward needs ``WORKING`` more; the optimizer's temporaries come when activations are gone. Left out: the embeddings and the
+head (under 1 % of the work), the low-rank products that adapters keep (3 % of activations at rank 128), the loader, and what
+the allocator loses to fragments, for which a tenth of the card should stay free. Nothing here is measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from cogvideo_dist.config.adaptation import LoRA
+from cogvideo_dist.config.load import load_config
+from cogvideo_dist.config.schema import DiTRun, Frozen, Size
+from cogvideo_dist.data.loader import check_ranks
+from cogvideo_dist.models.dit import DiT
+from cogvideo_dist.models.lora import adapt, is_adapter
+from cogvideo_dist.models.presets import DiTConfig
+from cogvideo_dist.parallel.mesh import Axis, Layout, choose_layout
+from cogvideo_dist.parallel.volumes import layer_bytes
+from launch.compose import ATTENTION, GEMM, TransformerGeometry
+from launch.environment import config_parser, run_command, split_config
+
+PEAK = 989e12
+"""Operations a second of an H100 in 16 bits, by its data sheet: what utilisation is a part of."""
+
+ELEMENTWISE = 1.1
+LINK, HOST_LINK, HOST = 330e9, 50e9, 20e9
+"""Bytes a second: between GPUs (NVLink, or eight 400 Gb cards to a node), to the host's memory, of an update done there."""
+
+CONVOLUTION, SINGLE = 200e12, 40e12
+"""Operations a second of the frozen models, which run in 32 bits: convolutions through TF32, the text encoder without."""
+
+KEPT = {"none": 20, "feed_forward": 12, "all_but_attention": 6, "full": 2}
+"""Bytes, in 16 bits, that a layer keeps for each token and hidden element: ten tensors; six; three; its input alone."""
+
+LINEARS = {True: 72, False: 48}
+"""Of all linears of a block, forward and backward, in n d^2: with the weights' gradients, and without them for adapters."""
+
+REDONE = {"none": (0, 0), "feed_forward": (8, 0), "all_but_attention": (14, 0), "full": (24, 4)}
+"""What the backward makes again: linears, in n d^2, and attention, in n^2 d."""
+
+WORKING = 24
+"""Bytes, in 16 bits, for each token and hidden element: three tensors of the feed-forward's width in a block's backward."""
+
+BUCKET, GATHERED = 5e8, 1e9
+"""Elements of DeepSpeed's buffer of gradients on their way; the most that stage 3 has of other ranks' weights at a time."""
+
+TEXT_ENCODER, AUTOENCODER = 4.762e9, 215_583_907
+"""Parameters of T5-v1.1-XXL's encoder and of the released autoencoder, both of which runs hold in 32 bits."""
+
+ENCODING, DECODING = {"whole": 4.5, "chunked": 7.5}, {"whole": 6.5, "chunked": 12.0}
+"""Tensors of 128 channels and full resolution that the autoencoder has at a time, measured on a CPU; ``chunked`` has them of
+nine frames, and its convolutions' last two frames among them."""
+
+PER_PIXEL = 8.8e6
+"""Operations of the autoencoder's encoder for a pixel of a frame."""
+
+NODE = 8
+"""GPUs of a node, among which a sample is shared first."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The costliest pack: ``clips`` of one ``size``, each of ``length`` tokens."""
+
+    size: Size
+    clips: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.clips * self.length
+
+    @property
+    def squares(self) -> int:
+        return self.clips * self.length**2
+
+
+@dataclass(frozen=True)
+class Share:
+    """What is one GPU's of a run. ``parameters``: of the whole model without adapters; ``own``: of this rank's, ``trained``:
+    those of this rank's, adapters or all, that learn; ``adapters``: of all adapters of the whole model."""
+
+    config: DiTRun
+    layout: Layout
+    pack: Pack
+    parameters: int
+    adapters: int
+    own: int
+    trained: int
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same parameters, over which ZeRO divides."""
+        return self.layout.dp * self.layout.ring * self.layout.ulysses
+
+    @property
+    def sharers(self) -> int:
+        """Ranks that share a pack."""
+        return self.layout.ring * self.layout.ulysses * self.layout.tp
+
+    @property
+    def micro_steps(self) -> int:
+        return self.config.data.packs_per_step // self.layout.dp
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight and an activation."""
+        return 4 if self.config.train.precision == "fp32" else 2
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO; 16 bits run stage 0 as stage 1."""
+        return max(self.config.train.zero_stage, 0 if self.element == 4 else 1)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU. ``encoding`` and ``sampling``: of the frozen models at work, while no activations are kept."""
+
+    weights: float
+    gradients: float
+    states: float
+    buffers: float
+    frozen: float
+    activations: float
+    encoding: float
+    sampling: float
+
+    @property
+    def peak(self) -> float:
+        resident = self.weights + self.gradients + self.states + self.buffers + self.frozen
+        return resident + max(self.activations, self.encoding, self.sampling)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one step: the transformer's forward and backward, the frozen models, what is sent, the update in the host's memory."""
+
+    transformer: float
+    frozen: float
+    sent: float
+    update: float
+
+    @property
+    def step(self) -> float:
+        return self.transformer + self.frozen + self.sent + self.update
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a run on ``gpus``. ``flops``: those of a step that its mathematics asks for, without what is made again."""
+
+    gpus: int
+    share: Share
+    memory: Memory
+    seconds: Seconds
+    flops: float
+
+    @property
+    def mfu(self) -> float:
+        return self.flops / (self.seconds.step * self.gpus * PEAK)
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.seconds.step * self.share.config.train.steps * self.gpus / 3600
+
+
+def cost_of(config: DiTRun, gpus: int) -> Cost:
+    """Raises ``ValueError`` where the run's layout or its packs do not divide over ``gpus``."""
+    if gpus < 1:
+        raise ValueError(f"a run needs at least 1 GPU, found {gpus}")
+    model = config.model.transformer()
+    layout = choose_layout(config.parallel, world=gpus, heads=model.heads, node=min(gpus, NODE))
+    check_ranks(config.data.packs_per_step, layout.dp)
+    (parameters, adapters), (own, own_adapters) = (counted(model, config.lora, tp) for tp in (1, layout.tp))
+    trained = own if config.lora is None else own_adapters
+    share = Share(config, layout, costliest_pack(config), parameters, adapters, own, trained)
+    return Cost(gpus, share, memory_of(share), seconds_of(share), config.data.packs_per_step * flops_of(share))
+
+
+@lru_cache
+def counted(model: DiTConfig, lora: LoRA | None, tp: int) -> tuple[int, int]:
+    """Parameters of a tensor-parallel rank's transformer and of its adapters, counted on real modules without memory."""
+    with torch.device("meta"):
+        dit = DiT(model, tp=Axis("tp", 0, tp, tuple(range(tp))))
+        if lora is not None:
+            adapt(dit, lora.adapters())
+    adapters = sum(p.numel() for name, p in dit.named_parameters() if is_adapter(name))
+    return sum(p.numel() for p in dit.parameters()) - adapters, adapters
+
+
+def costliest_pack(config: DiTRun) -> Pack:
+    """The pack, full of one of ``data.sizes``, that takes longest."""
+    geometry = TransformerGeometry(config.model.transformer())
+    packs = []
+    for size in config.data.sizes:
+        clip = geometry(size)
+        if count := config.data.tokens_per_pack // clip.tokens:
+            packs.append((count * geometry.cost(clip), Pack(size, count, clip.tokens)))
+    if not packs:
+        raise ValueError(f"data.tokens_per_pack {config.data.tokens_per_pack} holds none of data.sizes")
+    return max(packs, key=lambda pair: pair[0])[1]
+
+
+def flops_of(share: Share) -> float:
+    """Of one pack: a forward and its backward, which has no weights' gradients but those of adapters."""
+    model, pack = share.config.model.transformer(), share.pack
+    blocks = LINEARS[share.config.lora is None] * pack.tokens * model.hidden**2 + 12 * pack.squares * model.hidden
+    return model.layers * blocks + 6 * pack.tokens * share.adapters
+
+
+def memory_of(share: Share) -> Memory:
+    """On one GPU."""
+    config, train, model = share.config, share.config.train, share.config.model.transformer()
+    divided = [share.replicas if share.stage >= bound else 1 for bound in (1, 2, 3)]  # states, gradients, weights
+    states = (
+        (4 if share.stage else 0) + (8 if train.optimizer == "adamw" else 2) + (0 if train.ema_decay is None else 4)
+    )
+    kept = KEPT[train.recompute] * (1 if train.offload.activations else model.layers)
+    again = KEPT["none"] - KEPT[train.recompute]  # of one block, as its backward comes
+    tokens = config.data.tokens_per_pack / share.sharers
+    encoding, sampling = frozen_at_work(share)
+    return Memory(
+        weights=0.0 if train.offload.parameters else share.element * share.own / divided[2],
+        gradients=4 * share.trained / divided[1],
+        states=0.0 if train.offload.optimizer else states * share.trained / divided[0],
+        buffers=share.element * ((BUCKET if share.stage else 0.0) + (GATHERED if share.stage == 3 else 0.0)),
+        frozen=4 * (TEXT_ENCODER + AUTOENCODER) if has_frozen(config) else 0.0,
+        activations=(kept + again + WORKING) * share.element / 2 * tokens * model.hidden,
+        encoding=encoding,
+        sampling=sampling,
+    )
+
+
+def has_frozen(config: DiTRun) -> bool:
+    return config.data.source == "pixels" or config.validation.samples_every > 0
+
+
+def frozen_at_work(share: Share) -> tuple[float, float]:
+    """Bytes of the autoencoder as it encodes a pack, whose clips of one size it takes together, and as it decodes a validation
+    video, to which the weights belong that the averaged ones stand in for meanwhile."""
+    config, semantics = share.config, share.config.frozen.vae_semantics
+    encoding = sampling = 0.0
+    if config.data.source == "pixels":
+        encoding = ENCODING[semantics] * share.pack.clips * full_tensor(config.frozen, share.pack.size)
+    if config.validation.samples_every:
+        replaced = 0 if config.train.ema_decay is None else share.element * share.trained
+        sampling = DECODING[semantics] * full_tensor(config.frozen, config.validation.sampling.size) + replaced
+    return encoding, sampling
+
+
+def full_tensor(frozen: Frozen, size: Size) -> float:
+    """Bytes of 128 channels in 32 bits over the frames, and the part of the picture, that the autoencoder has at a time."""
+    frames, height, width = size
+    if frozen.vae_semantics == "chunked":
+        frames = min(frames, 9)
+    if frozen.vae_tiling:
+        height, width = min(height, 240), min(width, 360)
+    return 4.0 * 128 * frames * height * width
+
+
+def seconds_of(share: Share) -> Seconds:
+    """Of a step."""
+    train, model, pack = share.config.train, share.config.model.transformer(), share.pack
+    linear_again, attention_again = REDONE[train.recompute]
+    linears = (LINEARS[share.config.lora is None] + linear_again) * pack.tokens * model.hidden**2 * model.layers
+    attention = (14 + attention_again) * pack.squares * model.hidden * model.layers
+    products = linears + 6 * pack.tokens * share.adapters
+    computed = ELEMENTWISE * (products / GEMM + attention / ATTENTION) / share.sharers
+    if train.offload.activations:  # out in the forward and back in the backward, beside the computation
+        moved = (
+            2 * KEPT[train.recompute] * share.element / 2 * pack.tokens * model.hidden * model.layers / share.sharers
+        )
+        computed = max(computed, moved / HOST_LINK)
+    update = share.trained / share.replicas * (6 / HOST_LINK + 36 / HOST) if train.offload.optimizer else 0.0
+    sent = share.micro_steps * sent_for_pack(share) + sent_for_update(share)
+    return Seconds(
+        share.micro_steps * computed, share.micro_steps * frozen_seconds(share.config, pack), sent / LINK, update
+    )
+
+
+def frozen_seconds(config: DiTRun, pack: Pack) -> float:
+    """Of one pack from pixels: its clips through the autoencoder and their captions through the text encoder."""
+    if config.data.source != "pixels":
+        return 0.0
+    frames, height, width = pack.size
+    text = 2 * TEXT_ENCODER * config.model.transformer().text_length
+    return pack.clips * (PER_PIXEL * frames * height * width / CONVOLUTION + text / SINGLE)
+
+
+def sent_for_pack(share: Share) -> float:
+    """Bytes that a rank sends for one pack over the axes of a sample."""
+    model = share.config.model.transformer()
+    volumes = layer_bytes(
+        share.layout, tokens=share.pack.tokens, hidden=model.hidden, heads=model.heads, element_size=share.element,
+        recompute=share.config.train.recompute,
+    )  # fmt: skip
+    return model.layers * sum(volumes.values())
+
+
+def sent_for_update(share: Share) -> float:
+    """Bytes that a rank sends in a step to those with the same parameters: gradients to their owners (under stages 2 and 3 with
+    every pack) and new weights to everyone; under stage 3 instead all weights in every forward and backward."""
+    reductions = share.micro_steps if share.stage >= 2 else 1
+    weights = 2 * share.micro_steps * share.own if share.stage == 3 else share.trained
+    return share.element * (reductions * share.trained + weights) * (share.replicas - 1) / share.replicas
+
+
+def rows(cost: Cost) -> dict[str, str]:
+    """The figures in words; files under configs/ have those of Memory, Step time and Cost in their headers."""
+    share, memory, seconds = cost.share, cost.memory, cost.seconds
+    train, data, pack = share.config.train, share.config.data, share.pack
+    learning = "all" if share.config.lora is None else f"{share.adapters:,} of adapters"
+    parts = ", ".join(f"{name} {gigabytes(value)}" for name, value in vars(memory).items() if value >= 5e7)
+    times = ", ".join(f"{name} {duration(value)}" for name, value in vars(seconds).items() if value >= 5e-4)
+    return {
+        "Model": f"{share.config.model.preset}: {share.parameters:,} parameters; trained: {learning}",
+        "GPUs": f"{cost.gpus}: {share.layout.name}, ZeRO {train.zero_stage}, {train.precision}, recompute {train.recompute}",
+        "Step": f"{data.packs_per_step} packs of {data.tokens_per_pack:,} tokens, such as {pack.clips} x {list(pack.size)}",
+        "Memory": f"{gigabytes(memory.peak)} a GPU",
+        " its parts": parts,
+        "Step time": f"{duration(seconds.step)}",
+        " its parts ": times,
+        "MFU": f"{cost.mfu:.0%} of {PEAK / 1e12:.0f} TFLOP/s",
+        "Cost": f"{significant(cost.gpu_hours)} GPU-hours for {train.steps:,} steps",
+    }
+
+
+def gigabytes(value: float) -> str:
+    return f"{value / 1e9:.0f} GB" if value >= 9.95e9 else f"{value / 1e9:.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    return f"{significant(seconds)} s"
+
+
+def significant(value: float) -> str:
+    """To two digits."""
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:.2g}"
+
+
+def main() -> None:
+    parser = config_parser(
+        "Parameters, memory of a GPU, time of a step and cost of a run of train_dit.py, on paper: nothing is loaded or run.",
+        "python launch/cost.py --config configs/cogvideox-5b/base.yaml configs/cogvideox-5b/sft.yaml --gpus 8",
+    )
+    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="how many the run has (%(default)s)")
+    options = parser.parse_args()
+    config = load_config(DiTRun, **split_config(options.config))
+    for name, text in rows(cost_of(config, options.gpus)).items():
+        print(f"{name:11} {text}")
+
+
+if __name__ == "__main__":
+    run_command("cost", main)
