@@ -1,10 +1,10 @@
-# make demo | make demo-vae | make test | make test-long | make lint | make bench | make bench-gpu
+# make demo | make demo-vae | make demo-finetune | make test | make test-long | make lint | make bench | make bench-gpu
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 RUNS := runs/demo
 
-.PHONY: setup demo demo-vae test test-long lint bench bench-gpu clean
+.PHONY: setup demo demo-vae demo-finetune test test-long lint bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -20,6 +20,9 @@ demo: setup
 
 demo-vae: setup
 	$(BIN)/python launch/demo_vae.py --out $(RUNS)
+
+demo-finetune: setup
+	$(BIN)/python launch/demo_finetune.py --demo $(RUNS)
 
 test: setup
 	$(BIN)/python -m pytest tests -q -m "not long"
