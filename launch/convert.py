@@ -1,4 +1,7 @@
-"""Convert between our weights and the public formats: python launch/convert.py {diffusers,native,sat-vae} SOURCE OUT"""
+"""Convert between our weights and the public formats: python launch/convert.py {diffusers,native,sat-vae} SOURCE OUT
+
+``sat-config`` translates SAT's configuration files instead.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,10 @@ from cogvideo_dist.models.dit import DiT
 from cogvideo_dist.models.vae import VAE, VAEConfig
 from cogvideo_dist.rng import fold
 from launch.autoencoder import is_vae_run, trained_vae
+from launch.beginning import trained_transformer
 from launch.environment import run_command
-from launch.runs import open_pipeline, trained_transformer
+from launch.runs import open_pipeline
+from launch.sat_config import add_options, translate_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,7 +40,8 @@ def arguments() -> argparse.Namespace:
         "  python launch/convert.py sat-vae runs/demo/vae my-vae/3d-vae.pt         # a run -> the VAE's file of SAT\n"
         "  python launch/convert.py sat-vae CogVideoX-5b/vae 3d-vae.pt             # diffusers -> the VAE's file of SAT\n"
         "  python launch/convert.py diffusers 3d-vae.pt my-vae --scaling-factor 0.7 # the VAE's file of SAT -> diffusers\n"
-        "  python launch/convert.py native mp_rank_00_model_states.pt ours --scaling-factor 0.7 # its VAE -> ours",
+        "  python launch/convert.py native mp_rank_00_model_states.pt ours --scaling-factor 0.7 # its VAE -> ours\n"
+        "  python launch/convert.py sat-config cogvideox_5b.yaml sft.yaml --out my.yaml # SAT's configuration -> ours",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     formats = parser.add_subparsers(dest="format", required=True)
@@ -60,6 +66,12 @@ def arguments() -> argparse.Namespace:
     )  # fmt: skip
     for command in (to_public, to_ours, to_sat):
         add_source(command)
+    add_options(
+        formats.add_parser(
+            "sat-config", help="SAT's configuration files -> one of ours, with a list of what became of each key",
+            epilog="example: python launch/convert.py sat-config cogvideox_5b_lora.yaml sft.yaml --out my-lora.yaml",
+        )
+    )  # fmt: skip
     return parser.parse_args()
 
 
@@ -84,6 +96,9 @@ def add_source(command: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     options = arguments()
+    if options.format == "sat-config":
+        translate_files(options)
+        return
     source, out = Path(options.source), Path(options.out)
     dtype = DTYPES[options.dtype] if options.dtype else None
     if not source.exists():

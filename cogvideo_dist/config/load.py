@@ -31,10 +31,7 @@ def load_config(kind: type[Config], files: Sequence[str | Path], *, overrides: S
 
     Strict: an unknown or repeated key, a wrong type and an impossible value raise ``ConfigError``.
     """
-    merged: dict[str, Any] = {}
-    places: Places = {}
-    for file in files:
-        _merge(merged, _read(Path(file), places))
+    merged, places = read_merged(files)
     for override in overrides:
         _merge(merged, _parse_override(override, places))
     _refuse_unknown(kind, merged, "", places)
@@ -44,6 +41,18 @@ def load_config(kind: type[Config], files: Sequence[str | Path], *, overrides: S
         return TypeAdapter(kind).validate_json(json.dumps(merged), strict=True)
     except ValidationError as error:
         raise ConfigError(_explain(error, places, files)) from None
+
+
+def read_merged(files: Sequence[str | Path]) -> tuple[dict[str, Any], Places]:
+    """The mappings of ``files``, merged (later ones win, key by key), and where each key was set.
+
+    No repeated key, endless anchor, date, infinity or tag that makes an object: those raise ``ConfigError``.
+    """
+    merged: dict[str, Any] = {}
+    places: Places = {}
+    for file in files:
+        _merge(merged, _read(Path(file), places))
+    return merged, places
 
 
 def plain(config: Any) -> dict[str, Any]:

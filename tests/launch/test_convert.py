@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cogvideo_dist.config.autoencoder import VAERun
 from cogvideo_dist.config.load import load_config, to_yaml
+from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.convert import native, sat
 from cogvideo_dist.engine.checkpoint import Saved, save
@@ -24,6 +25,7 @@ from cogvideo_dist.models.presets import tiny
 from cogvideo_dist.models.vae import VAE
 from launch import convert
 from launch.autoencoder import build_vae
+from tests.convert.sat_files import write_files
 from tests.convert.test_sat import CONFIG, fine_tuned, random_vae
 from tests.launch.world import outcome
 
@@ -237,3 +239,24 @@ def test_our_own_folder_is_read_strictly(
     (tmp_path / "model.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=message):
         native.load(tmp_path)
+
+
+def test_sat_configurations_become_one_of_ours_and_the_account_goes_to_stderr(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    files, out = write_files(tmp_path, "5b", lora=16), tmp_path / "new" / "ours.yaml"
+    code, stdout, stderr = command("sat-config", *files, "--out", out, "--run-dir", "runs/mine", "--gpus", 4)
+    assert (code, stdout) == (0, f"{out}\n")
+    config = load_config(DiTRun, [out])
+    assert (config.run.dir, config.data.packs_per_step) == ("runs/mine", 4)
+    assert config.lora is not None and config.lora.rank == 16
+    assert "without counterpart: look at these (1)\n  data.params.skip_frms_num  " in stderr
+    # Without --out the same file goes to stdout, but for the name that it has in its own header.
+    code, stdout, again = command("sat-config", *files, "--run-dir", "runs/mine", "--gpus", 4)
+    assert (code, again) == (0, stderr)
+    assert stdout.replace("translated.yaml", str(out)) == out.read_text()
+    code, stdout, stderr = command("sat-config", *files, "--out", out)
+    assert (code, stdout) == (78, "") and stderr.count("\n") == 1
+    assert "ours.yaml is there already; remove it or give another --out" in stderr
+    code, stdout, stderr = command("sat-config", files[1])
+    assert (code, stdout) == (78, "") and stderr.count("\n") == 1 and "model.network_config is missing" in stderr
