@@ -17,7 +17,7 @@ from pathlib import Path
 from cogvideo_dist.config.load import ConfigError, load_config, read_merged
 from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.convert.sat_config_keys import Keys, Line, Setting
-from cogvideo_dist.convert.sat_config_model import PUBLISHED, translate_model
+from cogvideo_dist.convert.sat_config_model import folder_of, translate_model
 from cogvideo_dist.convert.sat_config_rules import settle_by_rules
 from cogvideo_dist.convert.sat_config_run import Situation, translate_run
 from cogvideo_dist.convert.sat_config_text import account, configuration
@@ -60,7 +60,7 @@ def translate(files: Sequence[str | Path], situation: Situation | None = None) -
 
 
 def _header(keys: Keys, *, files: Sequence[str | Path], commands: Sequence[str], situation: Situation) -> list[str]:
-    folder, out = PUBLISHED[keys.ours["model.preset"]], shlex.quote(situation.out)
+    folder, out = folder_of(keys.ours["model.preset"]), shlex.quote(situation.out)
     given = " ".join(shlex.quote(str(file)) for file in files)
     where = f" --run-dir {shlex.quote(situation.run_dir)}" if situation.run_dir else ""
     return [

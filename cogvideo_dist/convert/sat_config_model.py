@@ -43,7 +43,12 @@ PUBLISHED = {
     "cogvideox1.5-5b": "CogVideoX1.5-5B",
     "cogvideox1.5-5b-i2v": "CogVideoX1.5-5B-I2V",
 }
-"""Names of the releases in diffusers' format, which are the names of their folders here until the user moves them."""
+"""Names of the releases in diffusers' format."""
+
+
+def folder_of(preset: str) -> str:
+    """Where the release is expected until the user says otherwise, as in the shipped configurations."""
+    return f"models/{PUBLISHED[preset]}"
 
 
 def translate_model(keys: Keys) -> DiTConfig:
@@ -134,8 +139,8 @@ def _sizes(keys: Keys, preset: str) -> DiTConfig:
     if keys.has(path := f"{NETWORK}.modules.patch_embed_config.params.text_hidden_size"):
         _size(keys, path, "text_dim", value=keys.whole(path), own=own)
     for path in (f"{TEXT}.params.max_length", f"{POSITIONS}.params.text_length"):
-        if keys.has(path):
-            _size(keys, path, "text_length", value=keys.whole(path), own=own)
+        if keys.has(path):  # always, for the published configuration of 1.5 has 226 tokens, not the 224 of its training
+            keys.give(path, "model.text_length", value=keys.whole(path))
     _base_sample(keys, own)
     _interpolation(keys, own)
     changes = {name.removeprefix("model."): value for name, value in keys.ours.items() if name.startswith("model.")}
@@ -215,14 +220,14 @@ def _text(keys: Keys, preset: str) -> None:
         text="drawn for each clip, the condition then being zeros, as in SAT",
     )  # fmt: skip
     keys.settle(
-        f"{TEXT}.params.model_dir", "frozen.text", value=PUBLISHED[preset], otherwise="captions are encoded in the loop",
+        f"{TEXT}.params.model_dir", "frozen.text", value=folder_of(preset), otherwise="captions are encoded in the loop",
         text="a folder with text_encoder/ and tokenizer/ (safetensors), as the release in diffusers' format has them",
     )  # fmt: skip
 
 
 def _autoencoder(keys: Keys, preset: str) -> None:
     released = LATENT_SCALE[preset]
-    folder = f"{PUBLISHED[preset]}/vae"
+    folder = f"{folder_of(preset)}/vae"
     path = "model.scale_factor"
     scale = keys.number(path, released)
     if keys.has(path) and scale == released:

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from cogvideo_dist.convert.sat_config_keys import Keys, shown
-from cogvideo_dist.convert.sat_config_model import PUBLISHED
+from cogvideo_dist.convert.sat_config_model import folder_of
 from cogvideo_dist.convert.sat_config_rules import NETWORK, STAGE1, UNKNOWN_CLASS
 from cogvideo_dist.models.presets import DiTConfig
 
@@ -338,7 +338,7 @@ def _folders(keys: Keys, situation: Situation) -> None:
         keys.assume("run.dir", folder or "runs/from-sat", text="--run-dir", fill_in=situation.run_dir is None)
     if keys.has(path := "args.load"):
         keys.give(
-            path, "model.weights", value=f"{PUBLISHED[keys.ours['model.preset']]}/transformer",
+            path, "model.weights", value=f"{folder_of(keys.ours['model.preset'])}/transformer",
             text="the same release in diffusers' format; a transformer's checkpoint of SAT's own is not read yet",
         )  # fmt: skip
 

@@ -92,7 +92,7 @@ def test_a_released_model_is_its_preset(tmp_path: Path, kind: str, lora: int | N
     config = load_config(DiTRun, [tmp_path / "ours.yaml"])
     assert config == translation.config
     name = PRESETS[kind]
-    assert config.model.preset == name and config.model.changes() == {}
+    assert config.model.preset == name and config.model.changes() == {"text_length": 224 if "1.5" in kind else 226}
     assert config.model.transformer() == RELEASED[name]
     assert config.diffusion.snr_shift == SNR_SHIFT[name]
     assert config.train.precision == ("fp16" if kind == "2b" else "bf16")
@@ -120,8 +120,8 @@ def test_the_run_is_what_sft_yaml_says() -> None:
     assert (data.tokens_per_pack, data.packs_per_step) == (2 * 17776, 8)
     assert (config.checkpoint.every, config.log.every, config.validation.every) == (500, 20, 100)
     assert (config.diffusion.timesteps, config.diffusion.text_dropout) == ("stratified", 0.1)
-    assert (config.run.dir, config.model.weights) == ("ckpts_5b_lora/lora-disney", "CogVideoX-5b/transformer")
-    assert (config.frozen.vae, config.frozen.text) == ("CogVideoX-5b/vae", "CogVideoX-5b")
+    assert (config.run.dir, config.model.weights) == ("ckpts_5b_lora/lora-disney", "models/CogVideoX-5b/transformer")
+    assert (config.frozen.vae, config.frozen.text) == ("models/CogVideoX-5b/vae", "models/CogVideoX-5b")
     sampling = config.validation.sampling
     assert (sampling.sampler, sampling.steps) == ("dpmpp_2m_sde", 50)
     assert (sampling.guidance, sampling.guidance_kind) == (6.0, "dynamic")

@@ -27,7 +27,8 @@ from launch import convert
 from launch.autoencoder import build_vae
 from tests.convert.sat_files import write_files
 from tests.convert.test_sat import CONFIG, fine_tuned, random_vae
-from tests.launch.world import outcome
+from tests.launch.world import LENGTH, World, outcome, read_log, train
+from tests.ranks import run_ranks
 
 RUN = """\
 run: {dir: RUN, seed: 2}
@@ -260,3 +261,39 @@ def test_sat_configurations_become_one_of_ours_and_the_account_goes_to_stderr(
     assert "ours.yaml is there already; remove it or give another --out" in stderr
     code, stdout, stderr = command("sat-config", files[1])
     assert (code, stdout) == (78, "") and stderr.count("\n") == 1 and "model.network_config is missing" in stderr
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+def test_a_translated_configuration_trains(
+    command: Callable[..., tuple[int, str, str]], world: World, tmp_path: Path, lora: int | None
+) -> None:
+    """SAT's 5B at the size of toys; what only the user knows, where the sets and the frozen models lie, is an override."""
+    sizes = {
+        "num_layers: 42": "num_layers: 2", "hidden_size: 3072": "hidden_size: 32",
+        "num_attention_heads: 48": "num_attention_heads: 2",
+        "time_embed_dim: 512": "time_embed_dim: 16", "hidden_size_head: 64": "hidden_size_head: 16",
+        "text_hidden_size: 4096": "text_hidden_size: 16", ": 226": f": {LENGTH}", "num_frames: 49": "num_frames: 9",
+        "latent_width: 90": "latent_width: 4", "latent_height: 60": "latent_height: 4", "[ 480, 720 ]": "[ 32, 32 ]",
+        "max_num_frames: 49": "max_num_frames: 9", "train_iters: 1000": "train_iters: 2",
+        "    enabled: True": "    enabled: False",
+        "log_interval: 20": "log_interval: 1", "num_workers: 8": "num_workers: 0", "eval_interval: 100": "eval_interval: 2",
+        '  load: "{your CogVideoX SAT folder}/transformer"\n': "",
+    }  # fmt: skip
+    files, out = write_files(tmp_path, "5b", lora=lora), tmp_path / "ours.yaml"
+    for file in files:
+        text = file.read_text()
+        for old, new in sizes.items():
+            text = text.replace(old, new)
+        file.write_text(text)
+    run = tmp_path / "run"
+    code, _, stderr = command("sat-config", *files, "--out", out, "--run-dir", run, "--gpus", 2)
+    assert code == 0, stderr
+    places = [
+        f"data.shards={world.root / 'shards'}",
+        f"frozen.vae={world.root / 'vae'}",
+        f"frozen.text={world.root / 'text'}",
+    ]
+    run_ranks(train, 1, out, places)
+    logged = read_log(run)
+    assert [line["step"] for line in logged if "loss" in line] == [1, 2]
+    assert [line["step"] for line in logged if "held_out/loss" in line] == [0, 2]
