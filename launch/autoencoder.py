@@ -13,6 +13,7 @@ from torch import nn
 
 from cogvideo_dist.config.autoencoder import VAELoss, VAEModel, VAERun
 from cogvideo_dist.config.load import ConfigError, load_config
+from cogvideo_dist.config.schema import Train
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.engine.checkpoint import load, newest, read_manifest
 from cogvideo_dist.models.critic import Critic, CriticConfig
@@ -63,8 +64,7 @@ def trained_vae(path: Path, weights: str | None) -> tuple[VAE, int]:
         raise ConfigError(f"{path} is not a run of launch/train_vae.py")
     config = load_config(VAERun, [path / "config.yaml"])
     model = VAE(vae_config(config.model))
-    kept = "raw" if config.train.ema_decay is None else "ema"
-    return model, fill(model, _newest(path), weights=weights or kept)
+    return model, fill(model, _newest(path), weights=weights or kept_weights(config.train))
 
 
 def build_judges(config: VAELoss, *, seed: int, device: torch.device) -> Judges:
@@ -98,6 +98,11 @@ def fill_critic(critic: Critic, run: Path) -> None:
     if "weights" not in state:
         raise ConfigError(f"loss.critic.weights: {checkpoint} holds no critic; it was trained without one")
     critic.load_state_dict(state["weights"], strict=True)
+
+
+def kept_weights(train: Train) -> str:
+    """The averaged ones where a run keeps them, else the last ones."""
+    return "raw" if train.ema_decay is None else "ema"
 
 
 @torch.no_grad()

@@ -127,6 +127,14 @@ def released(config: DiTRun, folder: str, *, tp: Axis | None = None) -> DiT:
     return model.float()
 
 
+def different(one: DiTConfig, other: DiTConfig) -> str:
+    """The first field in which the weights of two models differ; nothing if their shapes are the same."""
+    for name in _fields():
+        if name not in PLACES and getattr(one, name) != getattr(other, name):
+            return f"{name} is {getattr(one, name)}, not {getattr(other, name)}"
+    return ""
+
+
 def _fields() -> list[str]:
     return [each.name for each in dataclasses.fields(DiTConfig)]
 
@@ -188,7 +196,7 @@ def trained_transformer(
     run: Path, config: DiTRun, *, weights: str, tp: Axis | None = None, pinned: Ancestor | None = None
 ) -> tuple[DiT, int]:
     """The transformer of a run's newest whole checkpoint, or of the ``pinned`` one, with adapters merged; and its step."""
-    checkpoint = _pinned(run, pinned) if pinned else _newest(run)
+    checkpoint = _pinned(run, pinned) if pinned else newest_checkpoint(run)
     if config.lora is None:
         model = blank(config, tp=tp)
     else:
@@ -201,7 +209,8 @@ def trained_transformer(
     return model.requires_grad_(), step
 
 
-def _newest(run: Path) -> Path:
+def newest_checkpoint(run: Path) -> Path:
+    """A run's newest whole one."""
     checkpoint, _ = newest(run / "ckpt")
     if checkpoint is None:
         raise ConfigError(f"{run} has no checkpoint yet")

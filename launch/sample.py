@@ -55,6 +55,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", required=True, help="a run's folder or a diffusers pipeline folder")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged or last weights of a run")
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="RUN[=SHARE]",
+        help="add the adapters of a run, whole or a share of them such as 0.7; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--out", required=True, help="folder to write to")
     parser.add_argument("--preview-every", type=int, metavar="K", help="every K steps a picture of the running sample")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher appends it

@@ -21,6 +21,7 @@ from cogvideo_dist.parallel.mesh import Axis, Layout, ParallelMesh, Place, build
 from cogvideo_dist.parallel.split import own_slice
 from cogvideo_dist.tasks.decoding import check_decoding
 from cogvideo_dist.tasks.sampling import Ranks, Sampler, latent_frames
+from launch.adapters import check_adapter, merge_adapter, read_adapter
 from launch.environment import device_of, join
 from launch.runs import Pipeline, open_pipeline
 
@@ -94,6 +95,8 @@ def check_setup(options: argparse.Namespace, source: Source, *, settings: Sampli
         check_decoding(latent_frames(settings.size), semantics=semantics_of(options, source), ranks=options.cp)
     except ValueError as error:
         raise ConfigError(f"--cp: {error}; use --vae-semantics whole or another --cp") from None
+    for given in map(read_adapter, options.adapter):
+        check_adapter(given)
     if options.quantize is None:
         return
     if options.tp > 1:
@@ -138,6 +141,8 @@ def ready_pipeline(options: argparse.Namespace, source: Source, *, ranks: Ranks,
     They are read into the host's memory, so that the device never holds the transformer in more than it is sampled in.
     """
     pipeline = open_pipeline(options.checkpoint, options.weights, device=torch.device("cpu"))
+    for given in map(read_adapter, options.adapter):
+        merge_adapter(pipeline.sampler.model, given)
     tp = Axis("tp") if ranks.mesh is None else ranks.mesh.tp
     model = sliced(pipeline.sampler.model, tp).to(dtype_of(options, source, device=device)).to(device).eval()
     if options.quantize is not None:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cogvideo_dist.config.load import ConfigError
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.engine.lineage import read_lineage
 from cogvideo_dist.models.lora import is_adapter
+from launch.adapters import check_adapter, merge_adapter, read_adapter
 from launch.beginning import base_model, begin, trained_transformer
 from tests.launch.world import World, read_log, steps_of, train, try_train
 from tests.ranks import run_ranks
@@ -220,3 +222,37 @@ def test_an_image_condition_starts_as_nothing_beside_the_text_to_video_model(
     assert weight.shape[1] == 2 * state(plain, step=4)["embed.patch.weight"].shape[1]
     assert weight[:, weight.shape[1] // 2 :].abs().max() > 1e-3
     assert state(run, step=4)["embed.positions"].abs().max() > 1e-4
+
+
+def test_adapters_of_several_runs_are_added_with_their_shares(
+    world: World, base: Path, released: Path, tmp_path: Path
+) -> None:
+    changes = (*LORA, f"model.weights={released}", "train.steps=4", "train.warmup_steps=0", "checkpoint.every=4")
+    one = trained(world, tmp_path / "one", *changes)
+    two = trained(world, tmp_path / "two=", *changes, "lora.targets=[ff1]", "run.seed=6")
+
+    def weights(*given: str) -> dict[str, torch.Tensor]:
+        model = hf.load_transformer(released)
+        for text in given:
+            merge_adapter(model, read_adapter(text))
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+    plain, first, both = weights(), weights(str(one)), weights(f"{one}=0.5", f"{two}=-1", str(two))
+    name = "blocks.0.qkv.weight"
+    assert torch.allclose(both[name] - plain[name], 0.5 * (first[name] - plain[name]), atol=1e-6)
+    assert not torch.equal(first[name], plain[name])
+    assert torch.allclose(both["blocks.1.ff1.weight"], plain["blocks.1.ff1.weight"], atol=1e-6)
+    assert not torch.equal(weights(str(two))["blocks.1.ff1.weight"], plain["blocks.1.ff1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("BASE", "no adapters; give it as --checkpoint"),
+        ("nowhere", "no run"),
+        ("BASE=much", "expected RUN or RUN=SHARE"),
+    ],
+)
+def test_what_is_no_run_of_adapters_is_refused(base: Path, given: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_adapter(read_adapter(given.replace("BASE", str(base))))
