@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from cogvideo_dist.config.load import ConfigError
 from cogvideo_dist.config.schema import Sampling
-from cogvideo_dist.data.decode import DecodeError, Pixels, decode_image, decode_video
+from cogvideo_dist.data.decode import DecodeError, decode_video
 from cogvideo_dist.models.presets import DiTConfig
+from cogvideo_dist.tasks.condition import read_image
 from cogvideo_dist.tasks.sampling import check_image
 
 SEEDS = range(2**63)
@@ -104,27 +105,19 @@ def image_of(request: Request, settings: Sampling) -> Tensor | None:
     """The request's image [3, H, W] in [-1, 1], scaled down to cover the video's size and cut around its middle."""
     if request.image is None:
         return None
-    pixels = _decoded(request, request.image, (1, *settings.size[1:]), decode_image)
-    return torch.from_numpy(pixels[0]).permute(2, 0, 1).float() / 127.5 - 1
+    try:
+        return read_image(request.image, settings.size)
+    except ValueError as error:
+        raise ConfigError(f"{request.origin}: {error}") from None
 
 
 def video_of(request: Request, settings: Sampling) -> Tensor | None:
     """The request's video, uint8 [T, H, W, 3], from its beginning, at the video's rate and size."""
     if request.video is None:
         return None
-
-    def decode(data: bytes, pixels: Pixels) -> None:
-        decode_video(data, pixels, fps=settings.fps)
-
-    return torch.from_numpy(_decoded(request, request.video, settings.size, decode))
-
-
-def _decoded(
-    request: Request, path: Path, size: tuple[int, int, int], decode: Callable[[bytes, Pixels], None]
-) -> Pixels:
-    pixels = np.empty((*size, 3), np.uint8)
+    pixels = np.empty((*settings.size, 3), np.uint8)
     try:
-        decode(path.read_bytes(), pixels)
+        decode_video(request.video.read_bytes(), pixels, fps=settings.fps)
     except (OSError, DecodeError) as error:
-        raise ConfigError(f"{request.origin}: {path}: {error}") from None
-    return pixels
+        raise ConfigError(f"{request.origin}: {request.video}: {error}") from None
+    return torch.from_numpy(pixels)

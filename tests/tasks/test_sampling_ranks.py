@@ -1,0 +1,62 @@
+"""Ranks that share a video make the video of one process."""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor
+
+from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, build_mesh
+from launch.sampling_setup import sampling_ranks
+from tests.ranks import run_ranks
+from tests.tasks.samplers import image_for, sampler_of, settings_of, text_of
+
+MODELS = ("cogvideox-5b", "cogvideox1.5-5b-i2v")
+SHAPES: dict[int, list[tuple[Layout, int, set[str]]]] = {
+    2: [
+        (Layout(ulysses=2), 1, {"ulysses"}),
+        (Layout(ring=2), 1, {"ring"}),
+        (Layout(tp=2), 1, {"tp"}),
+        (Layout(dp=2), 2, {"dp", "cp"}),
+    ],
+    4: [
+        (Layout(dp=2, ulysses=2), 4, {"dp", "ulysses", "cp"}),
+        (Layout(dp=2, ring=2), 2, {"dp", "ring", "cp"}),
+        (Layout(ring=2, ulysses=2), 1, {"ring", "ulysses"}),
+    ],
+}
+"""Number of ranks -> layouts (dp 2 has a guidance branch on each half), ranks that decode together, axes that must be used."""
+
+
+def on_ranks(mesh: ParallelMesh) -> list[tuple[list[Tensor], list[str]]]:
+    """A rank's videos under every layout, and the axes that carried anything."""
+    found = []
+    for layout, cp, _ in SHAPES[mesh.world.size]:
+        ours = build_mesh(layout, rank=mesh.world.rank)
+        ranks = sampling_ranks(ours, cp=cp)
+        videos = []
+        for name in MODELS:
+            sampler = sampler_of(name, ours.tp, semantics="whole", ranks=ranks)
+            videos.append(sampler.video(text_of(name), settings_of(name), seed=5, image=image_for(name)))
+        traffic = {**ours.ledger.take(), **ranks.cp.ledger.take()}
+        found.append((videos, sorted({axis for axis, _ in traffic})))
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[Tensor]:
+    """The videos of one process."""
+    return [
+        sampler_of(name, semantics="whole").video(text_of(name), settings_of(name), seed=5, image=image_for(name))
+        for name in MODELS
+    ]
+
+
+@pytest.mark.parametrize("world", SHAPES)
+def test_every_layout_of_ranks_samples_the_video_of_one_process(world: int, alone: list[Tensor]) -> None:
+    for found in run_ranks(on_ranks, world):
+        for (layout, cp, axes), (videos, used) in zip(SHAPES[world], found, strict=True):
+            assert axes <= set(used)
+            for video, expected in zip(videos, alone, strict=True):
+                assert video.shape == expected.shape == (3, 25, 32, 64)
+                assert (video - expected).abs().max() <= 1e-5, f"{layout.name}, cp {cp}"
+                assert expected.std() > 0.03
