@@ -66,4 +66,7 @@ class Conditioner:
         posterior = self.vae.encode(image.to(like)[None, :, None], tiling=tiling_of(self.vae, self.tiling))
         first = posterior.sample(generator)[0].float().cpu().transpose(0, 1) * self.factor
         rest = first if self.settings.rest == "repeat" else torch.zeros_like(first)
-        return padded_front(torch.cat([first, rest.expand(frames - 1, -1, -1, -1)]), self.patch_t)
+        # Once, at the very front: where 1.5 has a copy of the first latent there, the public code gives that copy the image and
+        # the first latent itself the rest, in training and in sampling alike.
+        whole = frames + (-frames) % self.patch_t
+        return torch.cat([first, rest.expand(whole - 1, -1, -1, -1)])
