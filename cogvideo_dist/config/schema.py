@@ -283,6 +283,11 @@ class Train:
             raise ValueError(f"train.offload.parameters needs train.zero_stage 3, found {self.zero_stage}")
         if self.offload.optimizer and self.zero_stage == 0:
             raise ValueError("train.offload.optimizer needs train.zero_stage 1, 2 or 3, found 0")
+        if self.offload.activations and self.recompute not in ("none", "full"):
+            raise ValueError(
+                f"train.offload.activations goes with train.recompute none or full, found {self.recompute}, under which blocks "
+                "hold on to the inputs that they compute from again"
+            )
         positive("train", steps=self.steps, eps=self.eps, clip_norm=self.clip_norm)
         share("train", **{"betas.0": self.betas[0], "betas.1": self.betas[1], "ema_decay": self.ema_decay})
         if self.learning_rate < 0 or self.weight_decay < 0 or self.warmup_steps < 0:

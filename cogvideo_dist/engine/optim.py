@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cogvideo_dist.config.schema import Train
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Of AdamW, by their keys in an optimizer's state."""
 
 
 class AdamWithEma(torch.optim.AdamW):
@@ -22,14 +26,28 @@ class AdamWithEma(torch.optim.AdamW):
         super().__init__(groups, **options)
         self.ema_decay = ema_decay
 
+    def begin(self, p: Tensor, group: dict[str, Any], *, step: int) -> None:
+        """Give ``p`` of ``group`` the state that it has after ``step`` updates, all zeros."""
+        keys = MOMENTS if self.ema_decay is None else (*MOMENTS, "ema")
+        self.state[p] = {"step": torch.tensor(float(step))} | {key: torch.zeros_like(p) for key in keys}
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within, every state is a float32 tensor, to be read and written."""
+        yield
+
+    def update(self, closure: Callable[[], float] | None) -> None:
+        """Of the weights and their moments."""
+        super().step(closure)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         if self.ema_decay is None:
-            super().step(closure)
+            self.update(closure)
             return
         moving = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         fresh = {p: p.detach().clone() for p in moving if "ema" not in self.state[p]}
-        super().step(closure)
+        self.update(closure)
         for p in moving:
             state = self.state[p]
             if p in fresh:
@@ -39,22 +57,35 @@ class AdamWithEma(torch.optim.AdamW):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and norms do not."""
+    """Matrices decay and may have moments of few bits (``low``); biases and norms, which are few, do and have not."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay, "low": True},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "low": False},
     ]
 
 
 def make_optimizer(model: nn.Module, train: Train) -> AdamWithEma:
-    return AdamWithEma(
+    """As ``train.optimizer`` says. A ``ValueError`` names the library that it lacks."""
+    return _kind(train)(
         parameter_groups(model, train.weight_decay),
         lr=train.learning_rate,
         betas=train.betas,
         eps=train.eps,
         ema_decay=train.ema_decay,
     )
+
+
+def _kind(train: Train) -> type[AdamWithEma]:
+    if train.optimizer == "adamw":
+        return AdamWithEma
+    try:
+        from cogvideo_dist.engine.lowbit import LowBitAdamWithEma  # its library is an extra
+    except ImportError as error:
+        raise ValueError(
+            f"train.optimizer: adamw8bit needs torchao ({error}); pip install 'torchao>=0.14', or leave it at adamw"
+        ) from None
+    return LowBitAdamWithEma
 
 
 def learning_rate(train: Train, step: int) -> float:
@@ -73,4 +104,4 @@ Moments = dict[str, Tensor]
 
 
 def state_keys(train: Train) -> tuple[str, ...]:
-    return ("exp_avg", "exp_avg_sq") + (() if train.ema_decay is None else ("ema",))
+    return MOMENTS if train.ema_decay is None else (*MOMENTS, "ema")

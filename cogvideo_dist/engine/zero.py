@@ -7,7 +7,7 @@ holds them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from cogvideo_dist.config.schema import Train
 from cogvideo_dist.engine.checkpoint import FullState
+from cogvideo_dist.engine.offload import Shelf
 from cogvideo_dist.engine.optim import AdamWithEma, make_optimizer, state_keys
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.parallel.ops import reduce_sum
@@ -47,16 +48,26 @@ def deepspeed_config(train: Train, *, replicas: int, micro_steps: int) -> dict[s
         "gradient_clipping": train.clip_norm or 0.0,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # offloaded, our optimizer works on the host: no compiled one is needed
         "zero_optimization": {
             "stage": effective_stage(train),
             "stage3_param_persistence_threshold": 0,
             "overlap_comm": train.zero_stage == 3,
             "use_multi_rank_bucket_allreduce": False,  # it sums whole buckets on every rank: three times the reduce's bytes
+            **offloaded(train),
         },
         "bf16": {"enabled": train.precision == "bf16"},
         "fp16": {"enabled": train.precision == "fp16"},
         "data_types": {"grad_accum_dtype": "fp32"},
     }
+
+
+def offloaded(train: Train) -> dict[str, Any]:
+    """What ZeRO keeps in the host's memory, page-locked where there is a device to copy to."""
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return ({"offload_optimizer": host} if train.offload.optimizer else {}) | (
+        {"offload_param": host} if train.offload.parameters else {}
+    )
 
 
 class Groups:
@@ -102,6 +113,9 @@ class Engine:
         units = {type(module) for module in model.modules() if getattr(module, "zero_unit", False)}
         if self.stage == 3 and units:
             set_z3_leaf_modules(model, list(units))
+            for module in model.modules():
+                if type(module) in units:
+                    module.register_forward_pre_hook(_from_a_gradient)
         self._ds, *_ = deepspeed.initialize(
             model=model,
             optimizer=make_optimizer(model, train),
@@ -110,6 +124,7 @@ class Engine:
         )
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.grad_norm: Tensor | float | None = None
+        self.shelf = Shelf(self.device) if train.offload.activations else None
 
     @property
     def device(self) -> torch.device:
@@ -131,6 +146,10 @@ class Engine:
     def scaler(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             setattr(self._ds.optimizer.loss_scaler, name, value)
+
+    def keeping(self) -> AbstractContextManager[object]:
+        """The forward runs within: where ``train.offload.activations`` says so, what it keeps goes to the host."""
+        return self.shelf.keeping() if self.shelf else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of this rank's share of the step's loss.
@@ -164,15 +183,14 @@ class Engine:
         """Master weights and, after a ``step`` above 0, optimizer states by name, whole, on the CPU of the first rank (others
         get empty tensors' names). Collective: every rank calls it."""
         keys = state_keys(self.train) if step else ()
-        if keys:
-            self._link_state()
         state: FullState = {kind: {} for kind in ("weights", *keys)}
-        for name, parameter in self.names.items():
-            for kind in state:
-                own = self._read(parameter, kind).detach().reshape(self._shape(parameter))
-                tensor = joined_whole(self.model, name, own)
-                if self.mesh.is_first:
-                    state[kind][name] = tensor.float().cpu().clone()
+        with self._reachable() if keys else nullcontext():
+            for name, parameter in self.names.items():
+                for kind in state:
+                    own = self._read(parameter, kind).detach().reshape(self._shape(parameter))
+                    tensor = joined_whole(self.model, name, own)
+                    if self.mesh.is_first:
+                        state[kind][name] = tensor.float().cpu().clone()
         return state
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], *, step: int) -> None:
@@ -183,9 +201,10 @@ class Engine:
         """
         if step > 0:
             self._create_state(step)
-        for name, parameter in self.names.items():
-            for kind, tensors in state.items():
-                self._write(parameter, kind, own_slice(self.model, name, tensors[name]))
+        with self._reachable() if step > 0 else nullcontext():
+            for name, parameter in self.names.items():
+                for kind, tensors in state.items():
+                    self._write(parameter, kind, own_slice(self.model, name, tensors[name]))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -197,18 +216,25 @@ class Engine:
         kept = {name: self._working(p).clone() for name, p in self.names.items()}
         for p in self.names.values():
             self._set_working(p, self._read_everywhere(p, "ema"))
+        self._forget_gathered()
         try:
             yield
         finally:
             for name, p in self.names.items():
                 self._set_working(p, kept[name])
+            self._forget_gathered()
+
+    def _forget_gathered(self) -> None:
+        """Stage 3 keeps gathered what it expects to need soon, so the next forward would compute with the weights of before."""
+        if self.stage == 3:
+            self._ds.empty_partition_cache()
 
     def _shape(self, parameter: Any) -> torch.Size:
         return parameter.ds_shape if self.stage == 3 else parameter.shape
 
     def _read(self, parameter: nn.Parameter, kind: str) -> Tensor:
         if self.stage == 0:
-            return parameter if kind == "weights" else self._ds.optimizer.state[parameter][kind]
+            return parameter if kind == "weights" else self._inner.state[parameter][kind].to(self.device)
         if kind == "weights":
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, kind)
@@ -219,8 +245,8 @@ class Engine:
     def _write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
         value = value.to(self.device)
         if self.stage == 0:
-            with torch.no_grad():
-                self._read(parameter, kind).copy_(value)
+            target = parameter if kind == "weights" else self._inner.state[parameter][kind]
+            target.detach().copy_(value)
         elif self.stage == 3:
             local = self._local(parameter, value)
             if kind == "weights":
@@ -248,23 +274,36 @@ class Engine:
             value = self._local(parameter, value)
         target.copy_(value)
 
+    @property
+    def _inner(self) -> AdamWithEma:
+        """Our optimizer, in what DeepSpeed made of it."""
+        return self._ds.optimizer if self.stage == 0 else self._ds.optimizer.optimizer
+
     def _create_state(self, step: int) -> None:
         """Make the optimizer states that DeepSpeed would make at its first step, so that they can be set."""
+        for group, tensors in self._updated():
+            for tensor in tensors:
+                self._inner.begin(tensor, self._inner.param_groups[group], step=step)
+
+    def _updated(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """The tensors that our optimizer works on, with their parameter group: whole parameters or flat parts of many."""
         outer = self._ds.optimizer
-        inner: AdamWithEma = outer if self.stage == 0 else outer.optimizer
         if self.stage == 0:
-            tensors = list(self.names.values())
+            yield from ((index, group["params"]) for index, group in enumerate(outer.param_groups))
         elif self.stage == 3:
-            tensors = list(outer.fp32_partitioned_groups_flat)
+            yield from ((outer.sub_group_to_group_id[i], [t]) for i, t in enumerate(outer.fp32_partitioned_groups_flat))
         elif isinstance(outer, BF16_Optimizer):  # what DeepSpeed makes of stage 1 with bf16
-            tensors = list(outer.fp32_groups_flat_partition)
+            yield from ((index, [tensor]) for index, tensor in enumerate(outer.fp32_groups_flat_partition))
         else:
-            tensors = list(outer.single_partition_of_fp32_groups)
-        for tensor in tensors:
-            inner.state[tensor] = {"step": torch.tensor(float(step))} | {
-                key: torch.zeros_like(tensor) for key in state_keys(self.train)
-            }
-        self._link_state()
+            yield from ((index, [tensor]) for index, tensor in enumerate(outer.single_partition_of_fp32_groups))
+
+    @contextmanager
+    def _reachable(self) -> Iterator[None]:
+        """Within, parameters find all their optimizer states, as float32 tensors."""
+        with self._inner.whole():
+            self._link_state()
+            yield
+        self._link_state()  # or parameters would hold what was made for the purpose
 
     def _link_state(self) -> None:
         """Let parameters find their optimizer states under stages 1 and 2.
@@ -274,3 +313,12 @@ class Engine:
         if self.stage in (1, 2):
             self._ds.optimizer._hp_optimizer_states_linked = False
             self._ds.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _from_a_gradient(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Stage 3 lets a module's parameters go once the gradients of its inputs are there, which is at once where none wants any:
+    in front of the first layer with adapters, say. So one input does."""
+    if not torch.is_grad_enabled() or any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        return None
+    first, *rest = arguments
+    return (first.detach().requires_grad_(), *rest)
