@@ -109,13 +109,13 @@ class LowBitAdamWithEma(AdamWithEma):
     def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         if p not in self.packed:
-            _adamw(p, grad, [state[key] for key in MOMENTS], state["step"], group)
+            _adamw(p, grad, [state[key] for key in MOMENTS], group | {"step": state["step"]})
             return
         weights, grads = p.detach().view(-1), grad.reshape(-1)
         moments = [self.packed[p][key] for key in MOMENTS]
         for part in moments[0].parts():
             wide = [packed.read(part) for packed in moments]
-            _adamw(weights[part], grads[part], wide, state["step"].clone(), group)
+            _adamw(weights[part], grads[part], wide, group | {"step": state["step"].clone()})
             for packed, values in zip(moments, wide):
                 packed.write(part, values)
         state["step"] += 1
@@ -129,10 +129,10 @@ def _host_copy(packed: Packed) -> Tensor:
     return found
 
 
-def _adamw(p: Tensor, grad: Tensor, moments: list[Tensor], step: Tensor, group: dict[str, Any]) -> None:
-    """Update p, both moments and the number of steps in place."""
+def _adamw(p: Tensor, grad: Tensor, moments: list[Tensor], group: dict[str, Any]) -> None:
+    """Update p, both moments and the number of steps, which is among the group's values, in place."""
     adamw(
-        [p], [grad], [moments[0]], [moments[1]], [], [step],
+        [p], [grad], [moments[0]], [moments[1]], [], [group["step"]],
         amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
         weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
     )  # fmt: skip

@@ -91,16 +91,16 @@ def test_a_tensor_and_its_views_are_copied_once_and_come_back_as_they_lay() -> N
 
 
 def test_an_address_that_is_given_again_is_not_confused() -> None:
-    """What has gone to the host is freed, and the next tensor of its size comes to lie there."""
-    shelf, x = Shelf(CPU, least=0), torch.randn(1000)
-    address, first = x.data_ptr(), shelf.pack(x)
-    expected = x.tolist()
+    """What has gone to the host is freed, and the next tensor of its size may come to lie there."""
+    shelf, memory = Shelf(CPU, least=0), bytearray(torch.arange(1000.0).numpy().tobytes())
+    x = torch.frombuffer(memory, dtype=torch.float32)
+    address, version, first = x.data_ptr(), x._version, shelf.pack(x)
     del x
-    others = [torch.randn(1000) for _ in range(2000)]
-    second = next(other for other in others if other.data_ptr() == address)
-    assert second._version == 0
-    assert torch.equal(shelf.unpack(shelf.pack(second)), second)
-    assert shelf.unpack(first).tolist() == expected
+    memory[:] = torch.arange(1000.0, 2000.0).numpy().tobytes()
+    y = torch.frombuffer(memory, dtype=torch.float32)
+    assert (y.data_ptr(), y._version) == (address, version)
+    assert torch.equal(shelf.unpack(shelf.pack(y)), torch.arange(1000.0, 2000.0))
+    assert torch.equal(shelf.unpack(first), torch.arange(1000.0))
 
 
 def test_what_the_backward_wants_next_is_on_its_way() -> None:
