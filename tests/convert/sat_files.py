@@ -11,6 +11,18 @@ PRESETS = {
     "1.5-5b-i2v": "cogvideox1.5-5b-i2v",
 }  # fmt: skip
 
+COMMAND_LINE = """
+    base model_parallel_size force_pretrain device debug log_image output_dir input_dir input_type input_file final_size sdedit
+    grid_num_rows force_inference lcm_steps sampling_image_size sampling_num_frames sampling_fps only_save_latents
+    only_log_video_latents latent_channels image2video experiment_name train_iters batch_size lr mode seed zero_stage
+    checkpoint_activations checkpoint_num_layers checkpoint_skip_layers fp16 bf16 gradient_accumulation_steps profiling epochs
+    log_interval summary_dir save_args lr_decay_iters lr_decay_style lr_decay_ratio warmup weight_decay save load force_train
+    save_interval no_save_rng no_load_rng resume_dataloader distributed_backend local_rank exit_interval wandb
+    wandb_project_name eval_batch_size eval_iters eval_interval strict_eval train_data train_data_weights iterable_dataset
+    iterable_dataset_eval batch_from_same_dataset valid_data test_data split num_workers block_size prefetch_factor deepspeed
+"""
+"""What SAT's command line has for video, which a file may hold under args."""
+
 MODEL = """\
 model:
   scale_factor: {scale}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ import yaml
 from cogvideo_dist.config.load import ConfigError, load_config
 from cogvideo_dist.config.schema import DiTRun, ImageCondition
 from cogvideo_dist.convert.sat_config import Situation, Translation, translate
+from cogvideo_dist.convert.sat_config_rules import ADVICE, BUILT_IN, CLASSES, NO_EFFECT, UNKNOWN_ARGUMENT
 from cogvideo_dist.models.presets import LATENT_SCALE, RELEASED, SNR_SHIFT
-from tests.convert.sat_files import INFERENCE, KINDS, PRESETS, model_file, sft_file, write_files
+from tests.convert.sat_files import COMMAND_LINE, INFERENCE, KINDS, PRESETS, model_file, sft_file, write_files
 
 ALL = [(kind, lora) for kind in KINDS for lora in (None, 128)]
 
@@ -240,14 +242,14 @@ def _written(path: Path, text: str) -> Path:
 
 def test_unknown_keys_are_named_and_unread_sections_dropped(tmp_path: Path) -> None:
     extra = """\
-args: {my_flag: 1, epochs: 3, wandb: true, seed: 1152921504606846977}
+args: {my_flag: 1, epochs: 3, test_data: [x], seed: 1152921504606846977}
 model: {my_loss_weight: 2, loss_fn_config: {params: {offset_noise_level: 0.1, min_snr_value: 5}}, ema: {}}
 deepspeed: {scheduler: {type: WarmupLR}, zero_optimization: {cpu_offload: true, offload_param: {device: nvme}}}
 mine: {a: [1, {b: 2}], c: }
 """
     translation = translated(tmp_path, model_file("5b"), sft_file("5b"), extra)
     kinds = {line.key: line.kind for line in translation.lines}
-    for key in ("args.my_flag", "args.epochs", "args.wandb", "model.my_loss_weight", "model.ema", "deepspeed.scheduler.type",
+    for key in ("args.my_flag", "args.epochs", "args.test_data", "model.my_loss_weight", "model.ema", "deepspeed.scheduler.type",
                 "model.loss_fn_config.params.offset_noise_level", "model.loss_fn_config.params.min_snr_value",
                 "deepspeed.zero_optimization.offload_param.device"):  # fmt: skip
         assert kinds[key] == "missing", key
@@ -369,3 +371,42 @@ def _message(path: Path) -> str:
     with pytest.raises(ConfigError) as caught:
         translate([path])
     return str(caught.value)
+
+
+def test_the_page_has_every_option() -> None:
+    """Of the released files, of SAT's command line, and of every rule of the translation."""
+    page = (Path(__file__).parents[2] / "docs" / "from-sat.md").read_text(encoding="utf-8")
+    rows = " ".join(line for line in page.partition("## Every option")[2].splitlines() if line.startswith("|"))
+    named = set(re.findall(r"`([\w.]+)`", rows))
+    texts = [model_file(kind, lora=8) for kind in KINDS] + [sft_file("5b"), INFERENCE]
+    keys = {key for text in texts for key in leaves(yaml.safe_load(text))}
+    keys |= {f"args.{name}" for name in COMMAND_LINE.split()}
+    keys |= {*CLASSES, *BUILT_IN, *NO_EFFECT, *ADVICE}
+    # A class stands for its section, a switch of a section for that section.
+    tails = {key.split(".")[-2] if key.endswith((".target", ".enabled")) else key.split(".")[-1] for key in keys}
+    parts = {
+        "network_config",
+        "conditioner_config",
+        "first_stage_config",
+        "loss_fn_config",
+        "sigma_sampler_config",
+        "0",
+        "data",
+        "model",
+    }
+    parts |= {"encoder_config", "decoder_config", "patch_embed_config", "adaln_layer_config", "final_layer_config"}
+    tails = {tail for tail in tails if "*" not in tail}
+    assert len(tails) > 200
+    assert not sorted(tails - parts - named)
+
+
+def test_the_command_line_of_sat_is_known(tmp_path: Path) -> None:
+    own = {key.removeprefix("args.") for key in leaves(yaml.safe_load(sft_file("5b"))) if key.startswith("args.")}
+    # Of train_iters and epochs SAT allows one; base names the files themselves.
+    rest = {name: 1 for name in COMMAND_LINE.split() if name not in {*own, "base"}}
+    words = dict.fromkeys(("lr_decay_style", "load", "input_file", "output_dir"), "word")
+    switches = {"fp16": False, "bf16": True, "sampling_image_size": [480, 720], "train_data_weights": [1]}
+    extra = yaml.safe_dump({"args": rest | {name: value for name, value in (words | switches).items() if name in rest}})
+    translation = translated(tmp_path, model_file("5b"), sft_file("5b"), extra)
+    assert len(rest) > 40
+    assert not [line.key for line in translation.lines if line.text == UNKNOWN_ARGUMENT]
