@@ -39,8 +39,8 @@ def check_quantization(kind: Quantization, *, device: torch.device, dtype: torch
     """Refuse what torchao cannot do here, by trying it on one small linear."""
     if kind not in get_args(Quantization):
         raise ValueError(f"quantization {kind!r} is none of {', '.join(get_args(Quantization))}")
-    linear = nn.Linear(32, 32, device=device, dtype=dtype)
     try:
+        linear = nn.Linear(32, 32, device=device, dtype=dtype)
         with torch.no_grad():
             _quantized(nn.Sequential(linear), kind)
             F.linear(torch.ones(2, 32, device=device, dtype=dtype), linear.weight, linear.bias)
@@ -50,7 +50,7 @@ def check_quantization(kind: Quantization, *, device: torch.device, dtype: torch
         ) from None
     # whatever a back end raises for a type that it has no kernel for
     except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
-        raise ValueError(f"{kind} weights do not work on {device.type} in {dtype}: {error}") from None
+        raise ValueError(f"{kind} weights do not work on {device.type} in {dtype} ({error})") from None
 
 
 def _quantized(module: nn.Module, kind: Quantization) -> None:

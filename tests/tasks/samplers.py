@@ -37,8 +37,9 @@ def settings_of(name: str, **changes: Any) -> Sampling:
 
 def sampler_of(name: str, tp: Axis | None = None, **given: Any) -> Sampler:
     """A tiny model all of whose gates are open, so that a prompt, an image and every token matter, with an autoencoder whose
-    pixels are about as large as a trained one's."""
-    model = DiT(config_of(name))
+    pixels are about as large as a trained one's. ``given`` are the model's sizes and the sampler's fields."""
+    sizes = {key: given.pop(key) for key in [*given] if key in DiTConfig.__dataclass_fields__}
+    model = DiT(replace(config_of(name), **sizes))
     vae = VAE(VAEConfig(block_out_channels=(4, 4, 8, 8), norm_groups=2, layers_per_block=1, latent_channels=4))
     draw_parameters(model, 0)
     draw_parameters(vae, 1)
