@@ -51,7 +51,8 @@ class Defect:
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip as read: pixels uint8 [T, H, W, 3], or the posterior's mean and logvar [C, t, h, w] and text features [L, dim].
+    """One clip as read: pixels uint8 [T, H, W, 3], or the posterior's mean and logvar [C, t, h, w], text features [L, dim] and,
+    for image-to-video models, its first frame uint8 [H, W, 3].
 
     ``source`` is the file that it was made from.
     """
@@ -64,6 +65,12 @@ class Sample:
     mean: Tensor | None = None
     logvar: Tensor | None = None
     text: Tensor | None = None
+    image: Tensor | None = None
+
+    @property
+    def first_frame(self) -> Tensor | None:
+        """uint8 [H, W, 3], if it is there."""
+        return self.image if self.pixels is None else self.pixels[0]
 
 
 @dataclass(frozen=True)

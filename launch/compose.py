@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -74,12 +73,13 @@ class LatentGeometry:
 
 
 def load_frozen(config: DiTRun, *, device: torch.device, records: Catalog, pictures: bool) -> FrozenModels:
-    """The encoders that the run needs: both in the loop for pixels, and for pictures."""
+    """The encoders that the run needs: both in the loop for pixels, and for pictures; the autoencoder for image conditions."""
     needed = config.data.source == "pixels" or pictures
     model = config.model.transformer()
     vae = text = None
-    if needed and config.frozen.vae and config.frozen.text:
+    if (needed or model.image_channels) and config.frozen.vae:
         vae = load_vae(config.frozen.vae, device)
+    if needed and config.frozen.text:
         text = load_text(config.frozen.text, model, device=device)
     scale = vae.config.scaling_factor if vae else LATENT_SCALE.get(config.model.preset.removeprefix("tiny-"), 1.0)
     if config.data.source == "latents":
@@ -118,6 +118,11 @@ def check_latents(config: DiTRun, records: Catalog, *, vae: VAE | None) -> float
             "semantics": ("frozen.vae_semantics", frozen.vae_semantics),
             "tiling": ("frozen.vae_tiling", shown_tiling(tiling_of(vae, frozen.vae_tiling))),
         }
+    if model.image_channels and not all(index.common.get("image") for index in records.indexes):
+        raise ConfigError(
+            f"the latents of {shards} lack the first frames that model.preset {config.model.preset} needs; encode them again "
+            "with that preset"
+        )
     for key, (of, value) in expected.items():
         found = stored(records, key, shards=shards)
         if found != value:

@@ -77,7 +77,8 @@ def main() -> None:
 def arguments() -> Any:
     parser = config_parser(
         "Encode a shard set of videos and images to latents (posterior mean and log-variance) and text features, so that "
-        "training needs neither VAE nor T5. Clips are taken from their beginning and cropped at the centre. Any number of "
+        "training needs neither VAE nor T5 (for image-to-video models, whose first frames are kept, the VAE for one frame a "
+        "clip). Clips are taken from their beginning and cropped at the centre. Any number of "
         "workers may share the work: ranks of torchrun or deepspeed, tasks of a Slurm array, or processes started by hand with "
         "--task and --tasks; they need a common file system and nothing else. Killed, and started again in any number, they go "
         "on where they were (in SHARDS.partial); the last one puts the set in place. Of a finished set, the command encodes "
@@ -115,7 +116,9 @@ class Encoders:
         text = load_text(str(folder), config.model.transformer(), device=device)
         tiling = tiling_of(vae, frozen.vae_tiling)
         digests = {"vae": weights_digest(vae), "text": text_digest(text, folder)}
-        use = {"semantics": frozen.vae_semantics, "tiling": shown_tiling(tiling)}
+        use: dict[str, Any] = {"semantics": frozen.vae_semantics, "tiling": shown_tiling(tiling)}
+        if config.model.transformer().image_channels:
+            use["image"] = True
         shape = {"text_length": text.length, "text_dim": text.dim}
         elsewhere = ("scaling_factor", "sample_height", "sample_width")  # in the origin and in the tiling
         vae_config = {name: value for name, value in asdict(vae.config).items() if name not in elsewhere}
@@ -160,6 +163,8 @@ class Encoders:
         frozen = self.config.frozen
         posterior = encode_pixels(self.vae, pixels[None], semantics=frozen.vae_semantics, tiling=frozen.vae_tiling)
         moments = {"mean": posterior.mean[0].cpu().contiguous(), "logvar": posterior.logvar[0].cpu().contiguous()}
+        if self.config.model.transformer().image_channels:
+            moments["image"] = pixels[0].contiguous()
         return Item({"latent.safetensors": save(moments)})
 
 
@@ -216,6 +221,7 @@ def planned(config: DiTRun, encoders: Encoders, *, reader: ShardReader, old: Enc
         facts = {
             "source": record.source, "kind": "latent", "frames": size[0], "fps": config.data.fps, "height": size[1],
             "width": size[2], "caption_length": record.caption_length, "size": size, "origin": encoders.origin,
+            "scores": dict(record.scores),
         }  # fmt: skip
         clips.append(Clip(record.key, record.source, facts, encoders.addresses(record, size)))
     return clips

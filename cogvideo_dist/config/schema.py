@@ -423,10 +423,10 @@ class DiTRun:
     def __post_init__(self) -> None:
         if self.init is not None and self.model.weights is not None:
             raise ValueError("model.weights and init.from are two beginnings; leave one of them out")
-        if self.model.transformer().image_channels and self.data.source == "latents":
+        if self.model.transformer().image_channels and not self.frozen.vae:
             raise ValueError(
-                f"data.source must be pixels for model.preset {self.model.preset}: its condition is the first frame with noise "
-                "on it, which is drawn anew for every visit"
+                f"frozen.vae must name an autoencoder for model.preset {self.model.preset}: its condition is the first frame "
+                "with noise on it, which is drawn anew for every visit"
             )
         if self.validation.samples_every and self.model.transformer().image_channels:
             wanted, found = len(self.validation.prompts), len(self.validation.images)

@@ -23,12 +23,12 @@ ALIGN = 64
 MAX_MEMBER = 512 * 2**20
 """Bytes of a member above which it is refused, whatever it holds."""
 
-DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""What latents and text features may be stored in, and bytes of a number."""
+DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+"""What latents, text features and pixels (``U8``) may be stored in, and bytes of a number."""
 
 
 class Array(NamedTuple):
-    """An array in an arena: its kind (``U8`` or one of ``DTYPES``), shape and first byte."""
+    """An array in an arena: its kind (one of ``DTYPES``), shape and first byte."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -60,7 +60,8 @@ class Arena:
 
 @dataclass(frozen=True)
 class Content:
-    """What a sample holds: arrays by name (``pixels``; or ``mean``, ``logvar`` and ``text``), and its caption."""
+    """What a sample holds: arrays by name (``pixels``; or ``mean``, ``logvar`` and ``text``, and perhaps ``image``), and its
+    caption."""
 
     caption: str
     arrays: Mapping[str, Array] = field(default_factory=dict)
@@ -155,16 +156,21 @@ def _latent(store: Store, record: Record, arena: Arena, *, size: Size) -> Conten
         read_member_into(store, record, extension=extension, out=memory)
         arrays |= tensors_in(memory, offset)
     check_latent({name: array.shape for name, array in arrays.items()}, size)
+    for name, array in arrays.items():
+        if (array.dtype == "U8") != (name == "image"):
+            raise DecodeError(f"tensor {name} is stored as {array.dtype}", "wrong tensors")
     caption = caption_member(record)
     return Content(read_caption(store, record, allow_empty=True) if caption in record.members else "", arrays)
 
 
 def check_latent(shapes: Mapping[str, Sequence[int]], size: Size) -> None:
-    """Refuse shapes of tensors that are not those of an encoded clip of ``size``."""
+    """Refuse shapes of tensors that are not those of an encoded clip of ``size``; its first frame may be among them."""
     frames, height, width = size
-    if set(shapes) != {"mean", "logvar", "text"}:
+    if set(shapes) - {"image"} != {"mean", "logvar", "text"}:
         raise DecodeError(f"expected tensors mean, logvar and text, found {', '.join(sorted(shapes))}", "wrong tensors")
     mean, logvar, text = (tuple(shapes[name]) for name in ("mean", "logvar", "text"))
+    if tuple(shapes.get("image", (height, width, 3))) != (height, width, 3):
+        raise DecodeError(f"the first frame of {list(size)} has the shape {list(shapes['image'])}", "wrong tensors")
     expected = ((frames - 1) // TEMPORAL + 1, height // SPATIAL, width // SPATIAL)
     if len(mean) != 4 or mean[1:] != expected or logvar != mean or len(text) != 2:
         raise DecodeError(

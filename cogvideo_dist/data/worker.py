@@ -118,7 +118,7 @@ def to_content(message: Mapping[str, Any]) -> Content:
     """What a worker says it has read; raises ``ValueError`` for what no worker of ours says."""
     arrays = {}
     for name, (dtype, shape, offset) in message["arrays"].items():
-        if dtype not in (*DTYPES, "U8") or any(type(n) is not int or n < 0 for n in (*shape, offset)):
+        if dtype not in DTYPES or any(type(n) is not int or n < 0 for n in (*shape, offset)):
             raise ValueError(f"a data worker answered with an array {dtype} {shape} at {offset}")
         arrays[name] = Array(dtype, tuple(shape), offset)
     return Content(str(message["caption"]), arrays)

@@ -49,8 +49,8 @@ def fan_in_uniform(fan_in: int) -> Initial:
 
 @torch.no_grad()
 def draw_parameters(model: nn.Module, seed: int, *, only: Callable[[str], bool] = lambda name: True) -> None:
-    """Set the parameters of ``model`` (a ``Drawable``) whose names pass ``only`` from ``fold(seed, name)``, whatever its device,
-    dtype and layout."""
+    """Set the parameters of ``model`` (a ``Drawable``) whose names pass ``only`` from ``fold(seed, name)``, whatever its
+    device, dtype and layout."""
     for name, parameter in model.named_parameters():
         if not only(name):
             continue

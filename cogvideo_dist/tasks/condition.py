@@ -30,12 +30,12 @@ def read_image(path: str | Path, size: Size) -> Tensor:
         decode_image(Path(path).read_bytes(), pixels)
     except (OSError, DecodeError) as error:
         raise ValueError(f"{path}: {error}") from None
-    return first_frame(torch.from_numpy(pixels))
+    return to_image(torch.from_numpy(pixels[0]))
 
 
-def first_frame(pixels: Tensor) -> Tensor:
-    """Of a clip uint8 [T, H, W, 3]: [3, H, W] in [-1, 1]."""
-    return pixels[0].permute(2, 0, 1).float() / 127.5 - 1
+def to_image(pixels: Tensor) -> Tensor:
+    """uint8 [H, W, 3] -> [3, H, W] in [-1, 1]."""
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 @dataclass(frozen=True)

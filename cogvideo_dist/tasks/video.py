@@ -26,7 +26,7 @@ from cogvideo_dist.pack.shard import SequenceShard
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.protocols import Batch, Defect, Learner, Loss, Picture, Sample
 from cogvideo_dist.rng import fold
-from cogvideo_dist.tasks.condition import Conditioner, first_frame, padded_front, read_image
+from cogvideo_dist.tasks.condition import Conditioner, padded_front, read_image, to_image
 from cogvideo_dist.tasks.pixels import encode_pixels, stacked
 from cogvideo_dist.tasks.sampling import Sampler
 
@@ -190,8 +190,8 @@ class VideoTask:
         )
         conditions = []
         for sample in samples:
-            if sample.pixels is None:
-                raise ValueError(f"sample {sample.key} holds no pixels for its condition; use data.source: pixels")
+            if sample.first_frame is None:
+                raise ValueError(f"sample {sample.key} holds no first frame for its condition")
             slot, frames = sample.slot, (sample.slot.size[0] - 1) // TEMPORAL + 1
             what = (
                 (HELD_OUT_SEED, "held out image", sample.key)
@@ -200,7 +200,7 @@ class VideoTask:
             )
             generator = fold(*what)
             left_out = not held_out and float(torch.rand((), generator=generator)) < settings.dropout
-            image = first_frame(sample.pixels)
+            image = to_image(sample.first_frame)
             condition = conditioner(image, frames, generator=generator, noisy=not held_out)
             conditions.append(torch.zeros_like(condition) if left_out else condition)
         return conditions

@@ -94,7 +94,7 @@ def test_a_good_file_becomes_typed_values(tmp_path: Path) -> None:
         ("latents", "pixels", "run.yaml:7: data.source: pixels needs frozen.vae and frozen.text"),
         ("tiny-cogvideox-5b", "cogvideox-5", "run.yaml:3: model.preset 'cogvideox-5' is unknown; use one of cogvideox-2b"),
         ("layers: 4", "layers: 0", "run.yaml:4: model.layers must be above 0, found 0"),
-        ("tiny-cogvideox-5b", "cogvideox-5b-i2v", "data.source must be pixels for model.preset cogvideox-5b-i2v"),
+        ("tiny-cogvideox-5b", "cogvideox-5b-i2v", "frozen.vae must name an autoencoder for model.preset cogvideox-5b-i2v"),
         ("run: {dir: runs/a, seed: 3}", "run: 5", "run.yaml:1: run: input should be an object, found 5"),
         ("checkpoint: {every: 5}", "checkpoint: {every: 5, <<: {keep: 2}}", "run.yaml:17: unknown key checkpoint.<<"),
         ("checkpoint: {every: 5}", "checkpoint: {every: 5", "run.yaml: not valid YAML: "),

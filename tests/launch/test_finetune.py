@@ -15,9 +15,10 @@ from cogvideo_dist.config.load import ConfigError
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.engine.lineage import read_lineage
 from cogvideo_dist.models.lora import is_adapter
+from launch import encode
 from launch.adapters import check_adapter, merge_adapter, read_adapter
 from launch.beginning import base_model, begin, trained_transformer
-from tests.launch.world import World, read_log, steps_of, train, try_train
+from tests.launch.world import World, outcome, read_log, steps_of, train, try_train
 from tests.ranks import run_ranks
 
 LORA = ("lora.rank=4", "lora.alpha=8", "train.ema_decay=null", "train.learning_rate=5.0e-2")
@@ -256,3 +257,24 @@ def test_adapters_of_several_runs_are_added_with_their_shares(
 def test_what_is_no_run_of_adapters_is_refused(base: Path, given: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_adapter(read_adapter(given.replace("BASE", str(base))))
+
+
+def test_encoded_clips_bring_their_first_frames_and_train_as_their_pixels_do(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ("model.preset=cogvideox1.5-5b-i2v", "data.crop=center", "train.steps=2", "train.warmup_steps=0")
+    from_pixels = trained(world, tmp_path / "pixels", *changes)
+    monkeypatch.setattr(
+        "sys.argv", ["encode", "--config", str(world.file), *changes, "run.dir=x", "--out", str(tmp_path / "z")]
+    )
+    assert outcome("encode", encode.main)[0] == 0
+    latents = ("data.source=latents", f"data.shards={tmp_path / 'z'}")
+    from_latents = trained(world, tmp_path / "latents", *changes, *latents)
+    for found, expected in zip(steps_of(from_latents, "loss"), steps_of(from_pixels, "loss")):
+        assert found == pytest.approx(expected, rel=1e-4)
+    monkeypatch.setattr(
+        "sys.argv", ["encode", "--config", str(world.file), "run.dir=x", "--out", str(tmp_path / "bare")]
+    )
+    assert outcome("encode", encode.main)[0] == 0
+    bare = ("data.source=latents", f"data.shards={tmp_path / 'bare'}")
+    assert "lack the first frames" in refused(world, tmp_path / "other", *changes, *bare)
