@@ -154,7 +154,7 @@ def main() -> None:
         kind = options.quantize or str(pipeline.sampler.model.embed.patch.weight.dtype).removeprefix("torch.")
         print(
             f"{sheet}: {len(rows)} videos in {time.monotonic() - begun:.1f} s; the transformer's weights are {size:.1f} MB "
-            f"({kind}) on each of {mesh.world.size} ranks"
+            f"({kind})" + (f" on each of {mesh.world.size} ranks" if mesh.world.size > 1 else "")
         )
     if place.world > 1:
         stop()
