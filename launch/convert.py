@@ -175,9 +175,16 @@ def write(model: DiT | VAE, out: Path, *, options: argparse.Namespace, dtype: to
 def write_pipeline(options: argparse.Namespace, out: Path, *, dtype: torch.dtype | None) -> None:
     pipeline = open_pipeline(options.source, options.weights, device=torch.device("cpu"))
     config = load_config(DiTRun, [Path(options.source) / "config.yaml"])
+    scale = config.diffusion.image.latent_scale
+    if config.model.transformer().image_channels and scale == "none":
+        raise ConfigError(
+            f"{options.source} was trained with diffusion.image.latent_scale none, which diffusers' pipelines cannot do; "
+            "convert --part transformer, or train with scale or inverse"
+        )
     hf.save_pipeline(
         out, transformer=pipeline.sampler.model, vae=pipeline.sampler.vae, schedule=pipeline.sampler.schedule.config,
         sampler=config.validation.sampling.sampler, text=pipeline.text_folder, dtype=dtype,
+        inverted=scale == "inverse",
     )  # fmt: skip
 
 

@@ -74,18 +74,21 @@ def save_vae(model: VAE, folder: str | Path, *, dtype: torch.dtype | None = None
 
 def save_pipeline(
     folder: str | Path, *, transformer: DiT, vae: VAE, schedule: ScheduleConfig, sampler: SamplerName, text: str | Path,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, inverted: bool = False,
 ) -> None:  # fmt: skip
-    """A folder that ``CogVideoXPipeline.from_pretrained`` loads; T5 and its tokenizer are copied from the folder ``text``."""
+    """A folder that ``CogVideoXPipeline.from_pretrained`` loads or, of an image-to-video model, that of
+    CogVideoXImageToVideoPipeline; T5 and its tokenizer are copied from the folder ``text``. ``inverted``: the image's latent is
+    divided by the VAE's factor."""
     folder = Path(folder)
     save_transformer(transformer, folder / "transformer", dtype=dtype)
     save_vae(vae, folder / "vae", dtype=dtype)
+    write_json(folder / "vae" / "config.json", config_to_diffusers(vae.config) | {"invert_scale_latents": inverted})
     fields = scheduler_config(schedule, sampler)
     write_json(folder / "scheduler" / "scheduler_config.json", fields)
     for part in ("text_encoder", "tokenizer"):
         shutil.copytree(Path(text) / part, folder / part, dirs_exist_ok=True)
     index = {
-        "_class_name": "CogVideoXPipeline",
+        "_class_name": "CogVideoXImageToVideoPipeline" if transformer.config.image_channels else "CogVideoXPipeline",
         "_diffusers_version": fields["_diffusers_version"],
         "scheduler": ["diffusers", fields["_class_name"]],
         "text_encoder": ["transformers", "T5EncoderModel"],

@@ -15,9 +15,10 @@ from cogvideo_dist.config.load import ConfigError
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.engine.lineage import read_lineage
 from cogvideo_dist.models.lora import is_adapter
-from launch import encode
+from launch import convert, encode
 from launch.adapters import check_adapter, merge_adapter, read_adapter
 from launch.beginning import base_model, begin, trained_transformer
+from launch.runs import open_pipeline
 from tests.launch.world import World, outcome, read_log, steps_of, train, try_train
 from tests.ranks import run_ranks
 
@@ -278,3 +279,26 @@ def test_encoded_clips_bring_their_first_frames_and_train_as_their_pixels_do(
     assert outcome("encode", encode.main)[0] == 0
     bare = ("data.source=latents", f"data.shards={tmp_path / 'bare'}")
     assert "lack the first frames" in refused(world, tmp_path / "other", *changes, *bare)
+
+
+def test_an_image_to_video_run_becomes_a_public_image_to_video_pipeline(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import CogVideoXImageToVideoPipeline, DiffusionPipeline
+
+    changes = (
+        "model.preset=cogvideox1.5-5b-i2v",
+        "train.steps=1",
+        "train.warmup_steps=0",
+        "diffusion.image.latent_scale=inverse",
+    )
+    run = trained(world, tmp_path / "run", *changes, "validation.sampling.sampler=ddim")
+    monkeypatch.setattr("sys.argv", ["convert", "diffusers", str(run), str(tmp_path / "pipeline")])
+    assert outcome("convert", convert.main)[0] == 0
+    public = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert type(public) is CogVideoXImageToVideoPipeline
+    assert public.vae.config.invert_scale_latents is True
+    assert (
+        open_pipeline(str(tmp_path / "pipeline"), "raw", device=torch.device("cpu")).sampler.image.latent_scale
+        == "inverse"
+    )
