@@ -124,7 +124,7 @@ def add_ranks(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--ulysses", type=int, help="of sp, those that exchange tokens for heads")
     group.add_argument("--ring", type=int, help="of sp, those around which keys and values travel")
     group.add_argument("--tp", type=int, default=1, help="ranks over which heads and features are divided")
-    group.add_argument("--cp", type=int, default=1, help="ranks that decode a video together (semantics whole)")
+    group.add_argument("--cp", type=int, default=1, help="ranks that decode a video together")
 
 
 def main() -> None:

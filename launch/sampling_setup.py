@@ -94,7 +94,7 @@ def check_setup(options: argparse.Namespace, source: Source, *, settings: Sampli
     try:
         check_decoding(latent_frames(settings.size), semantics=semantics_of(options, source), ranks=options.cp)
     except ValueError as error:
-        raise ConfigError(f"--cp: {error}; use --vae-semantics whole or another --cp") from None
+        raise ConfigError(f"--cp: {error}") from None
     for given in map(read_adapter, options.adapter):
         check_adapter(given)
     if options.quantize is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cogvideo_dist.parallel.mesh import Axis
-from cogvideo_dist.parallel.ops import Pending, even, everyone, given_back, left_of
+from cogvideo_dist.parallel.ops import Pending, even, everyone, given_back, left_of, shift
 
 
 class Line:
@@ -130,6 +130,36 @@ class Shards:
         total = counts.sum(0)
         merged = (counts * means).sum(0) / total
         return merged, (m2s + counts * (means - merged).square()).sum(0) / total
+
+
+class Rounds:
+    """The clip comes in chunks as in a ``Stream``, with the same result, one chunk on each rank of an axis at a time.
+
+    In every convolution a chunk waits for the last frames of the one before, which its rank has at the same time; the first
+    rank's come from the last rank's chunk of the round before. The caller owns it, runs the model once per round on every rank
+    (what comes of a chunk behind the clip's last is of no use to anyone) and calls ``next`` in between. Without a gradient.
+    """
+
+    line = ALONE
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+        self.first = axis.rank == 0
+        self._tails: dict[nn.Module, Tensor] = {}
+
+    def recall(self, asker: nn.Module, padded: Tensor, *, width: int) -> Tensor:
+        past = shift(padded[:, :, -width:], self.axis, rows=len(padded)).wait()
+        if self.axis.rank == 0:  # of this round's last chunk, which the next round continues
+            past, self._tails[asker] = self._tails.get(asker, padded[:, :, :width]), past
+        padded[:, :, :width] = past
+        return padded
+
+    def moments(self, mean: Tensor, m2: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
+        return mean, m2 / count
+
+    def next(self) -> None:
+        """The round is done; the following chunks continue it."""
+        self.first = False
 
 
 LENT = 2

@@ -24,9 +24,8 @@ from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.convert.scheduler import scheduler_config
 from cogvideo_dist.diffusion.samplers import first_step, folded_noise
 from cogvideo_dist.models.vae import VAE
-from cogvideo_dist.parallel.mesh import Axis
 from cogvideo_dist.rng import fold
-from cogvideo_dist.tasks.sampling import Edit, Ranks, Sampler
+from cogvideo_dist.tasks.sampling import Edit, Sampler
 from tests.tasks.samplers import OTHER_SIZE, SCHEDULE, clip_of, image_for, sampler_of, settings_of, text_of
 
 
@@ -209,11 +208,3 @@ def test_what_the_model_does_not_take_is_refused() -> None:
         for_images.video(text, settings, seed=0, image=torch.zeros(3, 64, 32))
     with pytest.raises(ValueError, match=r"a video to start from must be \[25, 32, 64\], found \[9, 32, 64\]"):
         for_text.video(text, settings, seed=0, edit=Edit(clip_of(9, 32, 64), 0.5))
-
-
-def test_ranks_decode_together_in_whole_semantics_alone() -> None:
-    sampler = sampler_of("cogvideox-5b", ranks=Ranks(cp=Axis("cp", 0, 2, (0, 1))))
-    with pytest.raises(
-        ValueError, match='2 ranks decode a video together in the autoencoder\'s semantics "whole" alone'
-    ):
-        sampler.decode(torch.zeros(5, 4, 4, 4))
