@@ -38,17 +38,19 @@ LINK, HOST_LINK, HOST = 330e9, 50e9, 20e9
 CONVOLUTION, SINGLE = 200e12, 40e12
 """Operations a second of the frozen models, which run in 32 bits: convolutions through TF32, the text encoder without."""
 
-KEPT = {"none": 20, "feed_forward": 12, "all_but_attention": 6, "full": 2}
-"""Bytes, in 16 bits, that a layer keeps for each token and hidden element: ten tensors; six; three; its input alone."""
+KEPT = {"none": 20, "feed_forward": 12, "all_but_attention": 6, "full": 4}
+"""Bytes, in 16 bits, that a layer keeps for each token and hidden element: ten tensors; six; three; input and middle."""
 
 LINEARS = {True: 72, False: 48}
 """Of all linears of a block, forward and backward, in n d^2: with the weights' gradients, and without them for adapters."""
 
-REDONE = {"none": (0, 0), "feed_forward": (8, 0), "all_but_attention": (14, 0), "full": (24, 4)}
-"""What the backward makes again: linears, in n d^2, and attention, in n^2 d."""
+REDONE = {"none": (0, 0), "feed_forward": (8, 0), "all_but_attention": (14, 0), "full": (32, 4)}
+"""What the backward makes again: linears, in n d^2, and attention, in n^2 d. ``full`` repeats the forward, and of it the first
+feed-forward linear once more, as ``feed_forward`` does."""
 
 WORKING = 24
-"""Bytes, in 16 bits, for each token and hidden element: three tensors of the feed-forward's width in a block's backward."""
+"""Bytes, in 16 bits, for each token and hidden element that the backward of a block needs beside what is kept and made again;
+17 in 32 bits, where the rotation of queries and keys is no wider than they are."""
 
 BUCKET, GATHERED = 5e8, 1e9
 """Elements of DeepSpeed's buffer of gradients on their way; the most that stage 3 has of other ranks' weights at a time."""
@@ -56,9 +58,9 @@ BUCKET, GATHERED = 5e8, 1e9
 TEXT_ENCODER, AUTOENCODER = 4.762e9, 215_583_907
 """Parameters of T5-v1.1-XXL's encoder and of the released autoencoder, both of which runs hold in 32 bits."""
 
-ENCODING, DECODING = {"whole": 4.5, "chunked": 7.5}, {"whole": 6.5, "chunked": 12.0}
-"""Tensors of 128 channels and full resolution that the autoencoder has at a time, measured on a CPU; ``chunked`` has them of
-nine frames, and its convolutions' last two frames among them."""
+ENCODING, DECODING = {"whole": 4.5, "chunked": 7.5}, {"whole": 5.5, "chunked": 9.5}
+"""Tensors of 128 channels and full resolution that the autoencoder has at a time; ``chunked`` has them of nine frames, and its
+convolutions' last two frames among them."""
 
 PER_PIXEL = 8.8e6
 """Operations of the autoencoder's encoder for a pixel of a frame."""
@@ -181,14 +183,14 @@ def cost_of(config: DiTRun, gpus: int) -> Cost:
     model = config.model.transformer()
     layout = choose_layout(config.parallel, world=gpus, heads=model.heads, node=min(gpus, NODE))
     check_ranks(config.data.packs_per_step, layout.dp)
-    (parameters, adapters), (own, own_adapters) = (counted(model, config.lora, tp) for tp in (1, layout.tp))
+    (parameters, adapters), (own, own_adapters) = (counted(model, lora=config.lora, tp=tp) for tp in (1, layout.tp))
     trained = own if config.lora is None else own_adapters
     share = Share(config, layout, costliest_pack(config), parameters, adapters, own, trained)
     return Cost(gpus, share, memory_of(share), seconds_of(share), config.data.packs_per_step * flops_of(share))
 
 
 @lru_cache
-def counted(model: DiTConfig, lora: LoRA | None, tp: int) -> tuple[int, int]:
+def counted(model: DiTConfig, *, lora: LoRA | None = None, tp: int = 1) -> tuple[int, int]:
     """Parameters of a tensor-parallel rank's transformer and of its adapters, counted on real modules without memory."""
     with torch.device("meta"):
         dit = DiT(model, tp=Axis("tp", 0, tp, tuple(range(tp))))
@@ -234,15 +236,18 @@ def memory_of(share: Share) -> Memory:
         gradients=4 * share.trained / divided[1],
         states=0.0 if train.offload.optimizer else states * share.trained / divided[0],
         buffers=share.element * ((BUCKET if share.stage else 0.0) + (GATHERED if share.stage == 3 else 0.0)),
-        frozen=4 * (TEXT_ENCODER + AUTOENCODER) if has_frozen(config) else 0.0,
+        frozen=frozen_bytes(config),
         activations=(kept + again + WORKING) * share.element / 2 * tokens * model.hidden,
         encoding=encoding,
         sampling=sampling,
     )
 
 
-def has_frozen(config: DiTRun) -> bool:
-    return config.data.source == "pixels" or config.validation.samples_every > 0
+def frozen_bytes(config: DiTRun) -> float:
+    """Of the frozen models: both for pixels and for pictures; the autoencoder for the condition of image-to-video models."""
+    both = config.data.source == "pixels" or config.validation.samples_every > 0
+    autoencoder = both or config.model.transformer().image_channels > 0
+    return 4.0 * (TEXT_ENCODER * both + AUTOENCODER * autoencoder)
 
 
 def frozen_at_work(share: Share) -> tuple[float, float]:
@@ -289,12 +294,13 @@ def seconds_of(share: Share) -> Seconds:
 
 
 def frozen_seconds(config: DiTRun, pack: Pack) -> float:
-    """Of one pack from pixels: its clips through the autoencoder and their captions through the text encoder."""
-    if config.data.source != "pixels":
-        return 0.0
-    frames, height, width = pack.size
-    text = 2 * TEXT_ENCODER * config.model.transformer().text_length
-    return pack.clips * (PER_PIXEL * frames * height * width / CONVOLUTION + text / SINGLE)
+    """Of one pack: of clips from pixels all frames through the autoencoder and captions through the text encoder, and for
+    image-to-video models one frame more, the condition."""
+    model, (frames, height, width) = config.model.transformer(), pack.size
+    pixels = config.data.source == "pixels"
+    encoded = (frames if pixels else 0) + (1 if model.image_channels else 0)
+    text = 2 * TEXT_ENCODER * model.text_length if pixels else 0.0
+    return pack.clips * (PER_PIXEL * encoded * height * width / CONVOLUTION + text / SINGLE)
 
 
 def sent_for_pack(share: Share) -> float:
@@ -327,9 +333,9 @@ def rows(cost: Cost) -> dict[str, str]:
         "GPUs": f"{cost.gpus}: {share.layout.name}, ZeRO {train.zero_stage}, {train.precision}, recompute {train.recompute}",
         "Step": f"{data.packs_per_step} packs of {data.tokens_per_pack:,} tokens, such as {pack.clips} x {list(pack.size)}",
         "Memory": f"{gigabytes(memory.peak)} a GPU",
-        " its parts": parts,
+        "In memory": parts,
         "Step time": f"{duration(seconds.step)}",
-        " its parts ": times,
+        "In a step": times,
         "MFU": f"{cost.mfu:.0%} of {PEAK / 1e12:.0f} TFLOP/s",
         "Cost": f"{significant(cost.gpu_hours)} GPU-hours for {train.steps:,} steps",
     }
@@ -358,7 +364,7 @@ def main() -> None:
     options = parser.parse_args()
     config = load_config(DiTRun, **split_config(options.config))
     for name, text in rows(cost_of(config, options.gpus)).items():
-        print(f"{name:11} {text}")
+        print(f"{name:<10} {text}")
 
 
 if __name__ == "__main__":
