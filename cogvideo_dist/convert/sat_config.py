@@ -81,7 +81,8 @@ def _loaded(text: str, keys: Keys) -> DiTRun:
             return load_config(DiTRun, [path])
         except ConfigError as error:
             message = re.sub(re.escape(str(path)) + r"(:\d+)?: ", "", str(error))
-    for ours, origin in sorted(keys.origin.items(), key=lambda item: -len(item[0])):
-        if message.startswith(ours):
+    place = message.split()[0].rstrip(":")
+    for ours, origin in keys.origin.items():
+        if ours == place or ours.endswith(f".{place}") or place.startswith(f"{ours}."):
             raise keys.error(origin[0], f"cannot be translated: {message}")
     raise ConfigError(f"the translation is refused: {message}")

@@ -85,11 +85,11 @@ class Keys:
 
     def whole(self, path: str, default: int = 0) -> int:
         found = self.leaves.get(path)
-        if isinstance(found, int) and not isinstance(found, bool):
+        if isinstance(found, int) and not isinstance(found, bool) and abs(found) < 2**63:
             return found  # as it is: a float would round a large seed
         value = self.number(path, default)
-        if value != int(value):
-            raise self.error(path, f"expected a whole number, found {value:g}")
+        if value != int(value) or abs(value) >= 2**63:
+            raise self.error(path, f"expected a whole number of at most 64 bits, found {value:g}")
         return int(value)
 
     def flag(self, path: str, default: bool = False) -> bool:

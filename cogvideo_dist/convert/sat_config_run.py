@@ -55,6 +55,7 @@ def _latents(keys: Keys, config: DiTConfig) -> bool:
     wanted = keys.flag(path)
     if wanted and config.image_channels:
         keys.lack(path, "an image condition is the first frame with fresh noise, so clips are read as pixels")
+        keys.assume("data.source", "pixels", text="the only source of an image-to-video model")
         return False
     keys.settle(
         path, "data.source", value="latents" if wanted else "pixels", otherwise=DEFAULT,

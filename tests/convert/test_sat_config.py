@@ -140,6 +140,10 @@ def test_the_image_condition_is_as_sat_trains_it(tmp_path: Path, kind: str) -> N
     )
     text = text.replace("noised_image_all_concat: false", "noised_image_all_concat: true")
     image = translated(tmp_path, text, sft_file(kind)).config.diffusion.image
+    latents = translated(
+        tmp_path, changed(model_file(kind), ("latent_input: false", "latent_input: true")), sft_file(kind)
+    )
+    assert latents.config.data.source == "pixels" and kind_of(latents, "model.latent_input") == "missing"
     assert (image.dropout, image.rest) == (0.0, "repeat")  # SAT's own default is no dropout, ours is 0.05
 
 
@@ -249,7 +253,8 @@ mine: {a: [1, {b: 2}], c: }
 """
     translation = translated(tmp_path, model_file("5b"), sft_file("5b"), extra)
     kinds = {line.key: line.kind for line in translation.lines}
-    for key in ("args.my_flag", "args.epochs", "args.test_data", "model.my_loss_weight", "model.ema", "deepspeed.scheduler.type",
+    for key in ("args.my_flag", "args.epochs", "args.test_data", "model.my_loss_weight", "model.ema",
+                "deepspeed.scheduler.type",
                 "model.loss_fn_config.params.offset_noise_level", "model.loss_fn_config.params.min_snr_value",
                 "deepspeed.zero_optimization.offload_param.device"):  # fmt: skip
         assert kinds[key] == "missing", key
@@ -318,7 +323,7 @@ def test_warm_up_and_decay(tmp_path: Path, style: str, steps: int, expected: tup
 MALFORMED = {
     "num_layers: 42": [
         ("num_layers: many", "0.yaml:27: model.network_config.params.num_layers: expected a number, found many"),
-        ("num_layers: 4.5", "expected a whole number, found 4.5"),
+        ("num_layers: 4.5", "expected a whole number of at most 64 bits, found 4.5"),
         ("num_layers: ${args.layers}", "is an interpolation, which is not resolved; write its value"),
         ("num_layers: 42\n      num_layers: 30", "key model.network_config.params.num_layers is given twice"),
         ("num_layers: 0", "model.network_config.params: a transformer needs layers and heads >= 1"),
@@ -333,7 +338,8 @@ MALFORMED = {
     "max_length: 226": [("max_length: 300", "text_length: means model.text_length 226, but ")],
     "shift_scale: 1.0": [("shift_scale: -1", "diffusion.snr_shift must be above 0")],
     "train_iters: 1000": [
-        ("train_iters: 0", "1.yaml:8: args.train_iters: cannot be translated: train.steps must be above 0")
+        ("train_iters: 10000000000000000000", "expected a whole number of at most 64 bits"),
+        ("train_iters: 0", "1.yaml:8: args.train_iters: cannot be translated: train.steps must be above 0"),
     ],
     "max_num_frames: 49": [
         ("max_num_frames: 50", "data.params.max_num_frames: cannot be translated: data.sizes: [50, 480, 720]")
