@@ -104,7 +104,7 @@ def _empty(shape: DiTConfig, config: DiTRun, tp: Axis | None) -> DiT:
 def base_model(config: DiTRun, lineage: Lineage, *, tp: Axis | None = None) -> tuple[DiT, list[str]]:
     """The transformer that the run starts from, and which of its parameters are new in it."""
     if config.init is not None:
-        return from_run(config, config.init, lineage.ancestors[-1], tp=tp)
+        return from_run(config, lineage.ancestors[-1], init=config.init, tp=tp)
     if config.model.weights is not None:
         return released(config, config.model.weights, tp=tp), []
     model = blank(config, tp=tp)
@@ -177,12 +177,12 @@ def chosen(config: DiTRun, init: Init) -> Lineage:
     return Lineage((*before.ancestors, own))
 
 
-def from_run(config: DiTRun, init: Init, ancestor: Ancestor, *, tp: Axis | None = None) -> tuple[DiT, list[str]]:
+def from_run(config: DiTRun, ancestor: Ancestor, *, init: Init, tp: Axis | None = None) -> tuple[DiT, list[str]]:
     """The weights of an earlier stage in the shape of this one, and the parameters that it did not have."""
     run = Path(init.from_)
     earlier = load_config(DiTRun, [run / "config.yaml"])
     before, now = earlier.model.transformer(), config.model.transformer()
-    check_stage(before, now, init)
+    check_stage(before, now, init=init)
     old, _ = trained_transformer(run, earlier, weights=init.weights, tp=tp, pinned=ancestor)
     if before == now and old.recompute == config.train.recompute:
         return old, []
@@ -233,7 +233,7 @@ def _pinned(run: Path, ancestor: Ancestor) -> Path:
     )
 
 
-def check_stage(before: DiTConfig, now: DiTConfig, init: Init) -> None:
+def check_stage(before: DiTConfig, now: DiTConfig, *, init: Init) -> None:
     """Refuse a stage whose model is another one than that of the run it starts from, or whose positions are not as it says."""
     for name in _fields():
         old, new = getattr(before, name), getattr(now, name)
@@ -246,10 +246,10 @@ def check_stage(before: DiTConfig, now: DiTConfig, init: Init) -> None:
                 f"init.from {init.from_} has a model of {name} {old}, this run one of {new}; set init.widen: true to "
                 "start what is new from zero"
             )
-    check_positions(before, now, init)
+    check_positions(before, now, init=init)
 
 
-def check_positions(before: DiTConfig, now: DiTConfig, init: Init) -> None:
+def check_positions(before: DiTConfig, now: DiTConfig, *, init: Init) -> None:
     """Refuse positions that mean something else than ``init.positions`` says."""
     alike = all(getattr(before, name) == getattr(now, name) for name in PLACES if name != "text_length")
     if alike and (before.text_length == now.text_length or not before.learned_positions):
@@ -289,13 +289,13 @@ def _grown(old: DiT, new: DiT, seed: int) -> dict[str, Tensor]:
         if name not in state:
             state[name] = parameter.detach() if name.startswith("ofs.linear1") else torch.zeros(parameter.shape)
         elif name == "embed.positions" and state[name].shape != parameter.shape:
-            state[name] = resized(state[name], old.config, new.config)
+            state[name] = resized(state[name], before=old.config, now=new.config)
         elif state[name].shape != parameter.shape:  # the patches' further channels are the last ones
             state[name] = F.pad(state[name], (0, parameter.shape[1] - state[name].shape[1]))
     return state
 
 
-def resized(positions: Tensor, before: DiTConfig, now: DiTConfig) -> Tensor:
+def resized(positions: Tensor, *, before: DiTConfig, now: DiTConfig) -> Tensor:
     """Learned positions [text + t*h*w, d] of another grid, trilinear between those of the earlier one."""
     text, vision = positions[: before.text_length], positions[before.text_length :]
     grid = vision.t().unflatten(1, before.sample_grid)[None]

@@ -15,6 +15,7 @@ from cogvideo_dist.config.load import ConfigError, load_config
 from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.convert import native, sat
+from cogvideo_dist.convert.scheduler import scheduler_config
 from cogvideo_dist.convert.vae_config import config_from_diffusers
 from cogvideo_dist.models.dit import DiT
 from cogvideo_dist.models.vae import VAE, VAEConfig
@@ -181,10 +182,10 @@ def write_pipeline(options: argparse.Namespace, out: Path, *, dtype: torch.dtype
             f"{options.source} was trained with diffusion.image.latent_scale none, which diffusers' pipelines cannot do; "
             "convert --part transformer, or train with scale or inverse"
         )
+    sampler = pipeline.sampler
     hf.save_pipeline(
-        out, transformer=pipeline.sampler.model, vae=pipeline.sampler.vae, schedule=pipeline.sampler.schedule.config,
-        sampler=config.validation.sampling.sampler, text=pipeline.text_folder, dtype=dtype,
-        inverted=scale == "inverse",
+        out, transformer=sampler.model, vae=sampler.vae, text=pipeline.text_folder, dtype=dtype, inverted=scale == "inverse",
+        scheduler=scheduler_config(sampler.schedule.config, config.validation.sampling.sampler),
     )  # fmt: skip
 
 

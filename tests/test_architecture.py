@@ -42,6 +42,7 @@ BELONGS = {
 """Module -> the only places that import it."""
 
 POSITIONAL = {
+    "Adapted.widen": "a layer's operands, as its linear takes them",
     "Block.forward": "a layer's operands, as its neighbours take them",
     "Embedding.forward": "vision, text and where they are",
     "Head.forward": "a layer's operands, as its neighbours take them",

@@ -16,11 +16,8 @@ from torch import Tensor, nn
 
 from cogvideo_dist.convert.dit_config import dit_config_from_diffusers, dit_config_to_diffusers
 from cogvideo_dist.convert.names import Part, Row, dit_rows, from_foreign, to_foreign
-from cogvideo_dist.convert.scheduler import scheduler_config
 from cogvideo_dist.convert.vae_config import config_from_diffusers, config_to_diffusers
 from cogvideo_dist.convert.vae_names import vae_names
-from cogvideo_dist.diffusion.samplers import SamplerName
-from cogvideo_dist.diffusion.schedule import ScheduleConfig
 from cogvideo_dist.models.dit import DiT, Recompute
 from cogvideo_dist.models.vae import VAE, VAEConfig
 from cogvideo_dist.parallel.mesh import Axis
@@ -73,24 +70,25 @@ def save_vae(model: VAE, folder: str | Path, *, dtype: torch.dtype | None = None
 
 
 def save_pipeline(
-    folder: str | Path, *, transformer: DiT, vae: VAE, schedule: ScheduleConfig, sampler: SamplerName, text: str | Path,
+    folder: str | Path, *, transformer: DiT, vae: VAE, scheduler: Mapping[str, Any], text: str | Path,
     dtype: torch.dtype | None = None, inverted: bool = False,
 ) -> None:  # fmt: skip
     """A folder that ``CogVideoXPipeline.from_pretrained`` loads or, of an image-to-video model, that of
     CogVideoXImageToVideoPipeline; T5 and its tokenizer are copied from the folder ``text``. ``inverted``: the image's latent is
-    divided by the VAE's factor."""
+    divided by the VAE's factor.
+
+    ``scheduler``: what ``scheduler_config`` gives."""
     folder = Path(folder)
     save_transformer(transformer, folder / "transformer", dtype=dtype)
     save_vae(vae, folder / "vae", dtype=dtype)
     write_json(folder / "vae" / "config.json", config_to_diffusers(vae.config) | {"invert_scale_latents": inverted})
-    fields = scheduler_config(schedule, sampler)
-    write_json(folder / "scheduler" / "scheduler_config.json", fields)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     for part in ("text_encoder", "tokenizer"):
         shutil.copytree(Path(text) / part, folder / part, dirs_exist_ok=True)
     index = {
         "_class_name": "CogVideoXImageToVideoPipeline" if transformer.config.image_channels else "CogVideoXPipeline",
-        "_diffusers_version": fields["_diffusers_version"],
-        "scheduler": ["diffusers", fields["_class_name"]],
+        "_diffusers_version": scheduler["_diffusers_version"],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
         "text_encoder": ["transformers", "T5EncoderModel"],
         "tokenizer": ["transformers", "T5Tokenizer"],
         "transformer": ["diffusers", "CogVideoXTransformer3DModel"],

@@ -155,17 +155,17 @@ class Block(nn.Module):
     ) -> Tensor:
         """x [n, d], condition [clips, e] (after SiLU), rope [m, head_dim/2] -> [n, d]."""
         (weight1, bias1, gate1, weight2, bias2, gate2), head_norms, low = self._entered(condition)
-        work = Adapted(self, seq, low, dropout)
+        work = Adapted(self, seq, low=low, dropout=dropout)
         again_qkv = again_ff = None
         qkv = self._heads(work.widen(("q", "k", "v"), x, weight1, bias1))
         if self.recompute == "all_but_attention":
             again_qkv = Again(lambda *inputs: self._heads(work.widen(("q", "k", "v"), *inputs)), x, weight1, bias1)
         attended = NormRotateAttend.apply(qkv, *head_norms, rope, seq, self.config.head_norm_eps, again_qkv)
-        x = work.narrow("out", x, attended.flatten(1), gate=gate1)
+        x = work.narrow("out", x, x=attended.flatten(1), gate=gate1)
         wide = work.widen(("ff1",), x, weight2, bias2)
         if self.recompute != "none":
             again_ff = Again(lambda *inputs: work.widen(("ff1",), *inputs), x, weight2, bias2)
-        return work.narrow("ff2", x, wide, gate=gate2, again=again_ff)
+        return work.narrow("ff2", x, x=wide, gate=gate2, again=again_ff)
 
     def _entered(self, condition: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], dict[str, Factors]]:
         """What every tp rank holds alike and uses on tokens and heads of its own: the modulation as weight, bias and gate of
@@ -211,7 +211,7 @@ class Factors(NamedTuple):
 class Adapted:
     """A block's linears with their adapters, on the tokens of ``seq``."""
 
-    def __init__(self, block: Block, seq: SequenceShard, low: dict[str, Factors], dropout: Dropout | None) -> None:
+    def __init__(self, block: Block, seq: SequenceShard, *, low: dict[str, Factors], dropout: Dropout | None) -> None:
         self.block, self.seq, self.low, self.dropout = block, seq, low, dropout
 
     def widen(self, names: tuple[str, ...], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ class Adapted:
             y = AddLowRank.apply(y, z, pieces, *(factor.b for factor in factors.values()))
         return y
 
-    def narrow(self, name: str, residual: Tensor, x: Tensor, *, gate: Tensor, again: Again | None = None) -> Tensor:
+    def narrow(self, name: str, residual: Tensor, *, x: Tensor, gate: Tensor, again: Again | None = None) -> Tensor:
         """residual + gate[row] * scatter_sum(f(x)) through a linear and its adapter; f is GELU for the feed-forward's."""
         linear, rows, gelu = getattr(self.block, name), self.seq.rows, name == "ff2"
         y = LinearGateResidual.apply(residual, x, linear.weight, linear.bias, gate, rows, gelu, again)

@@ -153,10 +153,12 @@ class VideoTask:
         return cut
 
     def flops(self, layout: PackLayout) -> float:
-        """Three forwards (one and its backward) of 24 n d^2 + 4 d sum(n_i^2) per layer."""
+        """Three forwards (one and its backward) of 24 n d^2 + 4 d sum(n_i^2) per layer; under adapters the weights have no
+        gradients, which is a third of the linears."""
         d, layers = self.model.config.hidden, self.model.config.layers
         squares = sum(length**2 for length in layout.lengths)
-        return 3.0 * layers * (24 * layout.tokens * d**2 + 4 * d * squares)
+        passes = 3 if self.adapting is None else 2
+        return float(layers * (passes * 24 * layout.tokens * d**2 + 3 * 4 * d * squares))
 
     def fingerprint(self) -> Mapping[str, Any]:
         facts: dict[str, Any] = {

@@ -23,6 +23,7 @@ from torch import Tensor
 from cogvideo_dist.config.load import ConfigError
 from cogvideo_dist.config.schema import Sampling
 from cogvideo_dist.convert import diffusers as hf
+from cogvideo_dist.convert.scheduler import scheduler_config
 from cogvideo_dist.diffusion.schedule import ScheduleConfig
 from cogvideo_dist.evaluation.media import write_mp4
 from cogvideo_dist.models.dit import DiT
@@ -51,8 +52,8 @@ def released(world: World, name: str, folder: Path) -> Path:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     hf.save_pipeline(
-        folder, transformer=model, vae=load_vae(str(world.root / "vae"), CPU), schedule=ScheduleConfig(), sampler="ddim",
-        text=world.root / "text",
+        folder, transformer=model, vae=load_vae(str(world.root / "vae"), CPU), text=world.root / "text",
+        scheduler=scheduler_config(ScheduleConfig(), "ddim"),
     )  # fmt: skip
     return folder
 
