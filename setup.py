@@ -9,6 +9,8 @@ EXTRAS = {
     "remote": ["fsspec>=2025.5", "aiohttp>=3.11", "s3fs>=2025.5"],
     "video": ["av>=16", "pillow>=11"],
     "vae": ["lpips>=0.1.4", "torchvision"],
+    "lowbit": ["torchao>=0.14"],
+    "quantized": ["torchao>=0.14"],
     "export": ["diffusers>=0.34", "accelerate", "peft"],
     "demo": ["scikit-image>=0.25"],
     "dev": ["pytest>=8", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "matplotlib>=3.9", "moto[s3,server]>=5.1"],

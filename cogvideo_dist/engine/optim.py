@@ -83,7 +83,7 @@ def _kind(train: Train) -> type[AdamWithEma]:
         from cogvideo_dist.engine.lowbit import LowBitAdamWithEma  # its library is an extra
     except ImportError as error:
         raise ValueError(
-            f"train.optimizer: adamw8bit needs torchao ({error}); pip install 'torchao>=0.14', or leave it at adamw"
+            f'train.optimizer: adamw8bit needs torchao, which cannot be imported ({error}): pip install "cogvideo_dist[lowbit]"'
         ) from None
     return LowBitAdamWithEma
 
