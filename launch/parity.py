@@ -190,7 +190,7 @@ def shapes_of(job: Job) -> Shapes:
     tokens = sum(geometry(size).tokens for pack in job.packs for size in pack)
     return Shapes(
         tokens / len(job.packs), model.hidden, model.heads, model.layers, len(job.packs), job.dtype.itemsize,
-        job.config.train.recompute,
+        job.config.train.recompute, job.config.lora is not None,
     )  # fmt: skip
 
 

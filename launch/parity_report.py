@@ -132,7 +132,7 @@ def page(verdicts: Sequence[Verdict], context: Context) -> str:
 <section><h2>Every layout</h2><div class="wide">{_html_table(verdicts)}</div>
 <p class="quiet">Errors are relative: of a gradient and of a weight to the parameter's largest element. Bytes are those a rank
 sends for one layer and pack, forward and backward, divided by the formula's; sums of modulation gradients and DeepSpeed's
-own traffic are not in them.</p></section>
+own traffic are not in them, and nothing is of a run of adapters.</p></section>
 <section><h2>Configuration</h2><details><summary>as compared</summary><pre>{escape(to_yaml(job.config))}</pre></details>
 </section></main></body></html>
 """

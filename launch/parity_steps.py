@@ -21,7 +21,9 @@ from cogvideo_dist.engine.optim import learning_rate
 from cogvideo_dist.engine.zero import Engine
 from cogvideo_dist.models import dit
 from cogvideo_dist.models.init import draw_parameters
+from cogvideo_dist.models.lora import adapt
 from cogvideo_dist.models.presets import LATENT_SCALE
+from cogvideo_dist.models.vae import VAE, VAEConfig
 from cogvideo_dist.pack import ring, shard
 from cogvideo_dist.pack.attention import backend_for
 from cogvideo_dist.pack.layout import PackLayout
@@ -101,6 +103,7 @@ def compared_step(job: Job, mesh: ParallelMesh, *, device: torch.device) -> dict
     gradients = (
         (name, joined_whole(task.model, name, reduce_sum(_gradient(p), mesh.replica)).cpu())
         for name, p in task.model.named_parameters()
+        if p.requires_grad
     )
     answer = {"loss": reduce_sum(total, mesh.world).item(), "sent": sent}
     if job.reference is None:
@@ -144,7 +147,8 @@ def comparable(train: Train, model: nn.Module, *, stage: Stage) -> Train:
     AdamW divides a gradient by its own size, which turns the rounding of one near zero into an update of full size and hides
     a wrong scale. With ``eps`` the size of a mean element of the clipped gradient, updates follow gradients in size too.
     """
-    elements = sum(math.prod(full_shape(model, name, p.shape)) for name, p in model.named_parameters())
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    elements = sum(math.prod(full_shape(model, name, p.shape)) for name, p in trained)
     eps = max(train.eps, (train.clip_norm or 1.0) / math.sqrt(elements))
     return replace(train, precision="fp32", zero_stage=stage, warmup_steps=0, eps=eps)
 
@@ -166,10 +170,16 @@ def differences(found: Iterator[tuple[str, Tensor]], reference: Path, *, floor: 
     return errors
 
 
+SMALL_VAE = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_groups=2)
+
+
 def build_task(job: Job, mesh: ParallelMesh, *, device: torch.device, dtype: torch.dtype) -> VideoTask:
-    """The task with a model all of whose weights are random, and no frozen models: samples are encoded already."""
+    """The task with a model all of whose weights are random, adapters' too. Samples are encoded already; a small autoencoder
+    with random weights makes the conditions of an image-to-video model."""
     config = job.config
     model = dit.DiT(config.model.transformer(), recompute=config.train.recompute, tp=mesh.tp)
+    if config.lora is not None:
+        adapt(model, config.lora.adapters())
     draw_parameters(model, config.run.seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -177,8 +187,12 @@ def build_task(job: Job, mesh: ParallelMesh, *, device: torch.device, dtype: tor
             p.add_(own_slice(model, name, whole), alpha=SPREAD)
     scale = LATENT_SCALE.get(config.model.preset.removeprefix("tiny-"), 1.0)
     attention = attention_of(config, device=device, dtype=dtype, ring_size=mesh.ring.size)
+    vae = None
+    if model.config.image_channels:
+        vae = VAE(replace(SMALL_VAE, latent_channels=model.config.out_channels, scaling_factor=scale)).to(device)
+        draw_parameters(vae, config.run.seed)
     return VideoTask(
-        model.to(device, dtype), FrozenModels(scale), diffusion=config.diffusion, validation=config.validation,
+        model.to(device, dtype), FrozenModels(scale, vae), diffusion=config.diffusion, validation=config.validation,
         seed=config.run.seed, sharding=Sharding(mesh, attention),
     )  # fmt: skip
 
@@ -217,7 +231,8 @@ def _sample(config: DiTRun, slot: Slot) -> Sample:
     mean = torch.randn(shape, generator=fold(seed, "parity mean", slot.index))
     logvar = torch.randn(shape, generator=fold(seed, "parity logvar", slot.index)) - 2
     text = torch.randn(model.text_length, model.text_dim, generator=fold(seed, "parity text", slot.index))
-    return Sample(slot, f"parity-{slot.index}", "drawn", "", mean=mean, logvar=logvar, text=text)
+    image = torch.randint(256, (height, width, 3), generator=fold(seed, "parity image", slot.index), dtype=torch.uint8)
+    return Sample(slot, f"parity-{slot.index}", "drawn", "", mean=mean, logvar=logvar, text=text, image=image)
 
 
 WRONG = 1.001

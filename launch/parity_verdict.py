@@ -36,6 +36,7 @@ class Shapes:
     packs: int
     element_size: int
     recompute: Recompute
+    adapters: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,10 @@ def relative(found: float, right: float) -> float:
 
 
 def traffic(layout: Layout, answers: Sequence[Mapping[str, Any]], *, shapes: Shapes) -> tuple[Sent, ...]:
-    """The blocks' large messages, which are all on their axes apart from the small sums; means over all ranks."""
+    """The blocks' large messages, which are all on their axes apart from the small sums; means over all ranks. Of a run of
+    adapters none: theirs are not in the formulas."""
+    if shapes.adapters:
+        return ()
     given = {
         "hidden": shapes.hidden, "heads": shapes.heads, "element_size": shapes.element_size, "recompute": shapes.recompute
     }  # fmt: skip

@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def parity(folder: Path, *options: str) -> Done:
     """The command, as a user starts it; its report lies in a folder named after the options."""
-    out = str(folder / "".join(options))
+    out = str(folder / "".join(options).replace("/", ""))
     command = [sys.executable, str(ROOT / "launch" / "parity.py"), "--config", str(folder / "run.yaml"), "--out", out]
     return subprocess.run(
         [*command, *options], capture_output=True, text=True, check=False, cwd=ROOT, env=environment(), timeout=200
@@ -62,7 +62,7 @@ def parity(folder: Path, *options: str) -> Done:
 
 
 def read(folder: Path, *options: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "".join(options) / "parity.json").read_text())
+    found: dict[str, Any] = json.loads((folder / "".join(options).replace("/", "") / "parity.json").read_text())
     return found
 
 
@@ -197,3 +197,15 @@ def test_the_hook_of_these_tests_is_not_shown(capsys: pytest.CaptureFixture[str]
         main(["--help"])
     shown = capsys.readouterr().out
     assert "--layouts" in shown and "--broken" not in shown
+
+
+def test_adapters_of_an_image_to_video_model_are_compared_too(folder: Path) -> None:
+    (folder / "adapters.yaml").write_text(
+        CONFIG.replace("cogvideox-5b", "cogvideox1.5-5b-i2v")
+        + "lora: {rank: 4, alpha: 8, dropout: 0.2, targets: [q, v, out, ff1, ff2]}\n"
+    )
+    options = ("--config", str(folder / "adapters.yaml"), "--ranks", "2", "--layouts", "tp2,ring2", "--stages", "1")
+    done = parity(folder, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (one, *_) = read(folder, *options)["layouts"]
+    assert ".lora." in one["gradient"]["name"]
