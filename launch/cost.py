@@ -38,15 +38,14 @@ LINK, HOST_LINK, HOST = 330e9, 50e9, 20e9
 CONVOLUTION, SINGLE = 200e12, 40e12
 """Operations a second of the frozen models, which run in 32 bits: convolutions through TF32, the text encoder without."""
 
-KEPT = {"none": 20, "feed_forward": 12, "all_but_attention": 6, "full": 4}
-"""Bytes, in 16 bits, that a layer keeps for each token and hidden element: ten tensors; six; three; input and middle."""
+KEPT = {"none": 20, "feed_forward": 12, "all_but_attention": 6, "full": 2}
+"""Bytes, in 16 bits, that a layer keeps for each token and hidden element: ten tensors; six; three; its input."""
 
 LINEARS = {True: 72, False: 48}
 """Of all linears of a block, forward and backward, in n d^2: with the weights' gradients, and without them for adapters."""
 
-REDONE = {"none": (0, 0), "feed_forward": (8, 0), "all_but_attention": (14, 0), "full": (32, 4)}
-"""What the backward makes again: linears, in n d^2, and attention, in n^2 d. ``full`` repeats the forward, and of it the first
-feed-forward linear once more, as ``feed_forward`` does."""
+REDONE = {"none": (0, 0), "feed_forward": (8, 0), "all_but_attention": (14, 0), "full": (24, 4)}
+"""What the backward makes again: linears, in n d^2, and attention, in n^2 d. ``full`` repeats the forward."""
 
 WORKING = 24
 """Bytes, in 16 bits, for each token and hidden element that the backward of a block needs beside what is kept and made again;

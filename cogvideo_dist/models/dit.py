@@ -163,7 +163,7 @@ class Block(nn.Module):
         attended = NormRotateAttend.apply(qkv, *head_norms, rope, seq, self.config.head_norm_eps, again_qkv)
         x = work.narrow("out", x, x=attended.flatten(1), gate=gate1)
         wide = work.widen(("ff1",), x, weight2, bias2)
-        if self.recompute != "none":
+        if self.recompute in ("feed_forward", "all_but_attention"):
             again_ff = Again(lambda *inputs: work.widen(("ff1",), *inputs), x, weight2, bias2)
         return work.narrow("ff2", x, x=wide, gate=gate2, again=again_ff)
 

@@ -14,7 +14,7 @@ Recompute = Literal["none", "feed_forward", "all_but_attention", "full"]
 Volumes = dict[tuple[str, str], float]
 """(axis, operation) -> bytes, as in the ledger; axes of size 1 are left out."""
 
-GATHERS: dict[Recompute, int] = {"none": 6, "feed_forward": 7, "all_but_attention": 8, "full": 9}
+GATHERS: dict[Recompute, int] = {"none": 6, "feed_forward": 7, "all_but_attention": 8, "full": 8}
 """Of rows over tp: before qkv and ff1, again in their backwards for the weights' gradients, the gradients of the two outputs;
 and one before each linear that is made again."""
 
@@ -34,7 +34,7 @@ def layer_bytes(
     """Of the large messages; ``modulation_bytes`` are apart.
 
     ``feed_forward`` gathers ff1's input once more; ``all_but_attention`` gathers qkv's too and exchanges q, k, v again;
-    ``full`` adds to ``feed_forward`` a whole forward.
+    ``full`` adds a whole forward.
     """
     ring, ulysses, tp = layout.ring, layout.ulysses, layout.tp
     wide = wide_size(element_size)
