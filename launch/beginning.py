@@ -201,12 +201,21 @@ def trained_transformer(
         model = blank(config, tp=tp)
     else:
         lineage = chosen(config, config.init) if config.init else Lineage()
+        _check_base(config, lineage, checkpoint)
         model, _ = base_model(config, lineage, tp=tp)
         add_adapters(model, config)
     step = fill(model, checkpoint, weights=weights)
     if config.lora is not None:
         merge(model)
     return model.requires_grad_(), step
+
+
+def _check_base(config: DiTRun, lineage: Lineage, checkpoint: Path) -> None:
+    """Refuse adapters whose base holds other weights now than when they were trained."""
+    found = lineage.ancestors[-1].sha256 if config.init else released_identity(config)
+    if read_manifest(checkpoint)["about"].get("base") != found:
+        where = config.init.from_ if config.init else config.model.weights
+        raise CheckpointError(f"{checkpoint} has adapters that were trained on other weights than {where} holds now")
 
 
 def newest_checkpoint(run: Path) -> Path:

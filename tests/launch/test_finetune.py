@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from cogvideo_dist.config.load import ConfigError
 from cogvideo_dist.convert import diffusers as hf
+from cogvideo_dist.engine.checkpoint import CheckpointError
 from cogvideo_dist.engine.lineage import read_lineage
 from cogvideo_dist.models.lora import is_adapter
 from launch import convert, encode
@@ -136,6 +137,8 @@ def test_another_base_under_the_adapters_is_refused(world: World, released: Path
     file = mine / hf.WEIGHTS
     save_file({name: value + 1e-6 for name, value in load_file(file).items()}, file)
     assert "was made with base=" in refused(world, run, *changes[:-1])
+    with pytest.raises(CheckpointError, match="trained on other weights than .*transformer holds now"):
+        trained_transformer(run, world.config(run, *changes), weights="raw")
 
 
 def test_a_stage_goes_on_from_another_at_a_larger_size_and_remembers_it(
