@@ -212,7 +212,7 @@ def test_a_stage_begins_with_one_that_is_shipped_and_fits_it(name: str) -> None:
     runs = {run_of(other).run.dir: run_of(other) for other in RECIPES}
     earlier = runs[config.init.from_]
     assert earlier is not config
-    check_stage(earlier.model.transformer(), config.model.transformer(), config.init)
+    check_stage(earlier.model.transformer(), config.model.transformer(), init=config.init)
     assert config.train.warmup_steps > 0
 
 

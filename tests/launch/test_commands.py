@@ -283,7 +283,10 @@ def test_a_run_without_average_says_so(monkeypatch: pytest.MonkeyPatch, world: W
     run_ranks(train, 1, world.file, world.overrides(run, "train.steps=2", "train.ema_decay=null"))
     code, _, stderr = command(monkeypatch, "convert", "diffusers", run, tmp_path / "out")
     assert code == 78
-    assert "keeps no averaged weights (train.ema_decay is off); use --weights raw" in stderr.splitlines()[-1]
+    assert (
+        "keeps no averaged weights (train.ema_decay is off); take the last ones (--weights raw,"
+        in stderr.splitlines()[-1]
+    )
     shutil.rmtree(run / "ckpt")
     code, _, stderr = command(monkeypatch, "convert", "diffusers", run, tmp_path / "out")
     assert (code, stderr.splitlines()[-1].endswith("has no checkpoint yet")) == (78, True)

@@ -257,7 +257,9 @@ def test_what_saves_memory_costs_time(file: Path) -> None:
     costs = [of(file, 8, f"train.recompute={recompute}") for recompute in RECOMPUTES]
     assert sorted(costs, key=lambda found: -found.memory.activations) == costs
     assert sorted(costs, key=lambda found: found.seconds.step) == costs
-    assert costs[3].seconds.transformer / costs[0].seconds.transformer == pytest.approx(1.34, abs=0.02)
+    assert costs[3].seconds.transformer / costs[0].seconds.transformer == pytest.approx(
+        1.30, abs=0.02
+    )  # a forward with its attention
 
 
 def test_frozen_models_cost_what_latents_save(file: Path) -> None:

@@ -199,6 +199,7 @@ def test_the_hook_of_these_tests_is_not_shown(capsys: pytest.CaptureFixture[str]
     assert "--layouts" in shown and "--broken" not in shown
 
 
+@pytest.mark.long
 def test_adapters_of_an_image_to_video_model_are_compared_too(folder: Path) -> None:
     (folder / "adapters.yaml").write_text(
         CONFIG.replace("cogvideox-5b", "cogvideox1.5-5b-i2v")
