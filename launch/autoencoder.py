@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,12 +13,11 @@ from cogvideo_dist.config.autoencoder import VAELoss, VAEModel, VAERun
 from cogvideo_dist.config.load import ConfigError, load_config
 from cogvideo_dist.config.schema import Train
 from cogvideo_dist.convert import diffusers as hf
-from cogvideo_dist.engine.checkpoint import load, newest, read_manifest
+from cogvideo_dist.engine.checkpoint import Stored, newest, read_parameters
 from cogvideo_dist.models.critic import Critic, CriticConfig
 from cogvideo_dist.models.init import draw_parameters
 from cogvideo_dist.models.perceptual import Perceptual
 from cogvideo_dist.models.vae import VAE, VAEConfig
-from cogvideo_dist.parallel.split import own_slice
 from cogvideo_dist.tasks.vae import Judges
 
 FIELDS = {
@@ -93,11 +90,10 @@ def load_perceptual(source: str, net: str) -> Perceptual:
 
 def fill_critic(critic: Critic, run: Path) -> None:
     """The weights of a run's critic."""
-    checkpoint = _newest(run)
-    state, _ = load(checkpoint, critic, name="critic")
-    if "weights" not in state:
-        raise ConfigError(f"loss.critic.weights: {checkpoint} holds no critic; it was trained without one")
-    critic.load_state_dict(state["weights"], strict=True)
+    stored = Stored.open(_newest(run))
+    if "weights" not in stored.kinds("critic"):
+        raise ConfigError(f"loss.critic.weights: {stored.path} holds no critic; it was trained without one")
+    _take(critic, stored, kind="weights", name="critic")
 
 
 def kept_weights(train: Train) -> str:
@@ -105,28 +101,29 @@ def kept_weights(train: Train) -> str:
     return "raw" if train.ema_decay is None else "ema"
 
 
-@torch.no_grad()
 def fill(model: nn.Module, checkpoint: Path, *, weights: str) -> int:
     """Load a checkpoint into what of ``model`` is trained (this rank's slice), averaged ("ema") or last ("raw") weights; its
     step."""
+    stored = Stored.open(checkpoint)
+    _take(model, stored, kind=weights_kind(stored, weights))
+    return stored.saved.step
+
+
+def _take(model: nn.Module, stored: Stored, *, kind: str, name: str = "") -> None:
+    with torch.no_grad():
+        for parameter, values in read_parameters(stored, model, kind, name=name):
+            parameter.copy_(values)
+
+
+def weights_kind(stored: Stored, weights: str) -> str:
+    """Under which kind a checkpoint has its averaged ("ema") or last ("raw") weights."""
     kind = "weights" if weights == "raw" else "ema"
-    checkpoint_file(checkpoint, kind)
-    state, saved = load(checkpoint, model, kinds=(kind,))
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.copy_(own_slice(model, name, state[kind][name]))
-    return saved.step
-
-
-def checkpoint_file(checkpoint: Path, kind: str) -> Mapping[str, Any]:
-    """What the manifest says of the file with the last weights ("weights") or the averaged ones ("ema")."""
-    files = read_manifest(checkpoint)["files"]
-    if f"{kind}.safetensors" not in files:
+    if kind not in stored.kinds():
         raise ConfigError(
-            f"{checkpoint} keeps no averaged weights (train.ema_decay is off); take the last ones (--weights raw, or "
+            f"{stored.path} keeps no averaged weights (train.ema_decay is off); take the last ones (--weights raw, or "
             "init.weights=raw)"
         )
-    return files[f"{kind}.safetensors"]
+    return kind
 
 
 def _newest(run: Path) -> Path:

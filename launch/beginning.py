@@ -17,15 +17,16 @@ from cogvideo_dist.config.load import ConfigError, load_config
 from cogvideo_dist.config.schema import DiTRun, Init
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.data.index import file_checksum
-from cogvideo_dist.engine.checkpoint import CheckpointError, checkpoints, newest, read_manifest, verify
+from cogvideo_dist.engine.checkpoint import Stored, checkpoints, newest
 from cogvideo_dist.engine.lineage import Ancestor, Lineage, read_lineage
+from cogvideo_dist.engine.manifest import NAME, CheckpointError
 from cogvideo_dist.models.dit import DiT
 from cogvideo_dist.models.init import draw_parameters
 from cogvideo_dist.models.lora import adapt, is_adapter, merge
 from cogvideo_dist.models.presets import DiTConfig
 from cogvideo_dist.parallel.mesh import Axis, ParallelMesh
 from cogvideo_dist.parallel.ops import broadcast_object
-from launch.autoencoder import checkpoint_file, fill
+from launch.autoencoder import fill, weights_kind
 
 Result = TypeVar("Result")
 
@@ -168,12 +169,10 @@ def chosen(config: DiTRun, init: Init) -> Lineage:
     path, _ = newest(run / "ckpt")
     if path is None:
         raise ConfigError(f"init.from {run} has no checkpoint yet")
-    manifest = read_manifest(path)
-    kind = "weights" if init.weights == "raw" else "ema"
-    before = Lineage.of(manifest.get("lineage", ()), source=str(path / "manifest.json"))
-    own = Ancestor(
-        init.from_, manifest["step"], manifest.get("samples", 0), init.weights, checkpoint_file(path, kind)["sha256"]
-    )
+    stored = Stored.open(path)
+    saved, digest = stored.saved, stored.digest(weights_kind(stored, init.weights))
+    before = Lineage.of(saved.lineage, source=str(path / NAME))
+    own = Ancestor(init.from_, saved.step, saved.samples, init.weights, digest)
     return Lineage((*before.ancestors, own))
 
 
@@ -213,7 +212,7 @@ def trained_transformer(
 def _check_base(config: DiTRun, lineage: Lineage, checkpoint: Path) -> None:
     """Refuse adapters whose base holds other weights now than when they were trained."""
     found = lineage.ancestors[-1].sha256 if config.init else released_identity(config)
-    if read_manifest(checkpoint)["about"].get("base") != found:
+    if Stored.open(checkpoint).saved.about.get("base") != found:
         where = config.init.from_ if config.init else config.model.weights
         raise CheckpointError(f"{checkpoint} has adapters that were trained on other weights than {where} holds now")
 
@@ -229,10 +228,11 @@ def newest_checkpoint(run: Path) -> Path:
 def _pinned(run: Path, ancestor: Ancestor) -> Path:
     """The very checkpoint that a stage began from: a run that has gone on meanwhile has others."""
     for path in checkpoints(run / "ckpt"):
-        if read_manifest(path)["step"] == ancestor.step:
-            verify(path)
-            found = checkpoint_file(path, "weights" if ancestor.weights == "raw" else "ema")["sha256"]
-            if found != ancestor.sha256:
+        stored = Stored.open(path)
+        if stored.saved.step == ancestor.step:
+            kind = weights_kind(stored, ancestor.weights)
+            stored.verify([kind])
+            if stored.digest(kind) != ancestor.sha256:
                 raise CheckpointError(
                     f"{path} is not the checkpoint of that step that this run began from; use another run.dir"
                 )

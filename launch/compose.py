@@ -20,8 +20,8 @@ from cogvideo_dist.data.catalog import Catalog
 from cogvideo_dist.data.index import Index
 from cogvideo_dist.data.loader import Loader, open_sources
 from cogvideo_dist.data.plan import Notes, Plan
-from cogvideo_dist.engine.checkpoint import flat
 from cogvideo_dist.engine.log import report_line
+from cogvideo_dist.engine.manifest import flat
 from cogvideo_dist.evaluation.media import replacing
 from cogvideo_dist.models.presets import LATENT_SCALE, DiTConfig
 from cogvideo_dist.models.text import TextEncoder
@@ -39,7 +39,7 @@ GEMM, ATTENTION = 700e12, 470e12
 FREE = {
     "run.dir", "log", "checkpoint", "validation", "frozen", "data.workers", "data.max_bad_share", "data.memory_gb",
     "data.remote", "train.steps",
-    "train.zero_stage", "train.recompute", "train.offload", "model.weights", "parallel",
+    "train.zero_stage", "train.precision", "train.recompute", "train.offload", "model.weights", "parallel",
 }  # fmt: skip
 """What may change between a run and its continuation without changing what is computed, or is meant to (more steps)."""
 

@@ -25,7 +25,7 @@ from cogvideo_dist.data.reading import Cut, caption_member, media_extension, rea
 from cogvideo_dist.data.shards import DataError, ShardReader, shown
 from cogvideo_dist.data.sizes import assign_size
 from cogvideo_dist.data.workshop import Outcome, build, recover, working_folder
-from cogvideo_dist.engine.checkpoint import file_hash
+from cogvideo_dist.engine.files import file_hash
 from cogvideo_dist.models.text import TextEncoder
 from cogvideo_dist.models.vae import VAE
 from cogvideo_dist.tasks.pixels import encode_pixels, tiling_of

@@ -15,12 +15,12 @@ import torch
 from cogvideo_dist.config.load import ConfigError
 from cogvideo_dist.data.pool import WorkerError
 from cogvideo_dist.data.storage import StorageError
-from cogvideo_dist.engine.checkpoint import CheckpointError
+from cogvideo_dist.engine.manifest import CheckpointError, SaveError
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, Place, start
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-REFUSED, NON_FINITE, TRANSIENT, INTERRUPTED, FAILED = 78, 70, 76, 130, 1
+REFUSED, NON_FINITE, TRANSIENT, UNSAVED, INTERRUPTED, FAILED = 78, 70, 76, 74, 130, 1
 """Exit codes: the configuration or checkpoint cannot be run; loss not finite; the storage does not answer or workers die, so
 that the same command may well succeed later; Ctrl-C; any other error of the user's input."""
 
@@ -141,7 +141,16 @@ def training_parser(description: str, example: str) -> argparse.ArgumentParser:
         "--new-data", action="store_true",
         help="go on although the shards are not what the run began with; which clips come next is then another order",
     )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", metavar="step-000020",
+        help="go on from this checkpoint of the run instead of its newest whole one; newer ones are set aside",
+    )  # fmt: skip
     return parser
+
+
+def job_name() -> str:
+    """The scheduler's number of this job, if one started it."""
+    return os.environ.get("SLURM_JOB_ID", "")
 
 
 class ConfigItems(TypedDict):
@@ -168,6 +177,8 @@ def run_command(name: str, main: Callable[[], None]) -> None:
         _leave(name, rank, f"error: {error}", NON_FINITE)
     except (StorageError, WorkerError) as error:
         _leave(name, rank, f"error: {error}", FAILED if getattr(error, "missing", False) else TRANSIENT)
+    except SaveError as error:
+        _leave(name, rank, f"error: {error}", UNSAVED)
     except (ValueError, OSError) as error:
         _leave(name, rank, f"error: {error}", FAILED)
 

@@ -23,7 +23,7 @@ from cogvideo_dist.data.pool import Task
 from cogvideo_dist.data.reading import Cut
 from cogvideo_dist.data.shards import DataError, ShardReader
 from cogvideo_dist.data.sizes import assign_size
-from cogvideo_dist.engine.checkpoint import file_hash
+from cogvideo_dist.engine.files import file_hash
 from cogvideo_dist.evaluation.reconstruction import Distance, latent_sums, reconstruction_sums
 from cogvideo_dist.models.perceptual import RANDOM, SMALLEST
 from cogvideo_dist.models.vae import LOGVAR_RANGE, VAE, Semantics

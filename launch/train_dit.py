@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -15,7 +15,7 @@ from cogvideo_dist.tasks.video import Adapting, Sharding, VideoTask
 from launch.beginning import begin
 from launch.compose import RankData, TransformerGeometry, load_frozen
 from launch.environment import device_of, join, read_place, run_command, split_config, training_parser
-from launch.training import run_training
+from launch.training import Start, run_training, start_of
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     place = read_place()
     layout = layout_of(config, place)
     mesh, device = join(place, layout)
-    train(config, mesh, device=device, new_data=options.new_data)
+    train(config, mesh, device=device, start=start_of(options))
     stop()
 
 
@@ -42,8 +42,8 @@ def layout_of(config: DiTRun, place: Place) -> Layout:
     return layout
 
 
-def train(config: DiTRun, mesh: ParallelMesh, *, device: torch.device, new_data: bool = False) -> None:
-    """The whole run, on this rank of ``mesh``; ``new_data``: although its data is not what it began with."""
+def train(config: DiTRun, mesh: ParallelMesh, *, device: torch.device, start: Start = Start()) -> None:  # noqa: B008 (frozen)
+    """The whole run, on this rank of ``mesh``."""
     data = RankData(config.data, run=config.run, geometry=TransformerGeometry(config.model.transformer()), mesh=mesh)
     frozen = load_frozen(config, device=device, records=data.records, pictures=config.validation.samples_every > 0)
     begun = begin(config, mesh)
@@ -52,7 +52,7 @@ def train(config: DiTRun, mesh: ParallelMesh, *, device: torch.device, new_data:
         begun.model, frozen, diffusion=config.diffusion, validation=config.validation, seed=config.run.seed,
         sharding=Sharding(mesh, config.parallel.attention), adapting=adapters,
     )  # fmt: skip
-    run_training(config, task, data=data, mesh=mesh, new_data=new_data, lineage=begun.lineage)
+    run_training(config, task, data=data, mesh=mesh, start=replace(start, lineage=begun.lineage))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from cogvideo_dist.tasks.vae import VAETask
 from launch.autoencoder import build_judges, build_vae
 from launch.compose import LatentGeometry, RankData
 from launch.environment import join, read_place, run_command, split_config, training_parser
-from launch.training import run_training
+from launch.training import Start, run_training, start_of
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     config = load_config(VAERun, **split_config(options.config))
     place = read_place()
     mesh, device = join(place, layout_of(config, place.world))
-    train(config, mesh, device=device, new_data=options.new_data)
+    train(config, mesh, device=device, start=start_of(options))
     stop()
 
 
@@ -39,8 +39,8 @@ def layout_of(config: VAERun, world: int) -> Layout:
     return Layout(dp=world // cp, ulysses=cp, cp=cp)  # of a sample's ranks only cp has work here
 
 
-def train(config: VAERun, mesh: ParallelMesh, *, device: torch.device, new_data: bool = False) -> None:
-    """The whole run, on this rank of ``mesh``; ``new_data``: although its data is not what it began with."""
+def train(config: VAERun, mesh: ParallelMesh, *, device: torch.device, start: Start = Start()) -> None:  # noqa: B008 (frozen)
+    """The whole run, on this rank of ``mesh``."""
     data = RankData(config.data, run=config.run, geometry=LatentGeometry(), mesh=mesh)
     judges = build_judges(config.loss, seed=config.run.seed, device=device)
     if mesh.is_first and config.loss.perceptual is not None and config.loss.perceptual.weights == RANDOM:
@@ -48,7 +48,7 @@ def train(config: VAERun, mesh: ParallelMesh, *, device: torch.device, new_data:
             "warning: loss.perceptual.weights is random: LPIPS over an untrained network, which is for trying things out"
         )
     task = VAETask(build_vae(config), config.loss, seed=config.run.seed, fps=config.data.fps, cp=mesh.cp, judges=judges)
-    run_training(config, task, data=data, mesh=mesh, new_data=new_data)
+    run_training(config, task, data=data, mesh=mesh, start=start)
 
 
 if __name__ == "__main__":

@@ -2,35 +2,87 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cogvideo_dist.config.autoencoder import VAERun
+from cogvideo_dist.config.load import digest, plain
 from cogvideo_dist.config.schema import DiTRun
+from cogvideo_dist.engine.lease import Lease
 from cogvideo_dist.engine.lineage import FILE, Lineage
-from cogvideo_dist.engine.trainer import DataLimits, Trainer
+from cogvideo_dist.engine.manifest import CheckpointError
+from cogvideo_dist.engine.trainer import DataLimits, Origin, Trainer
 from cogvideo_dist.evaluation.media import replacing
 from cogvideo_dist.parallel.mesh import ParallelMesh
+from cogvideo_dist.parallel.ops import broadcast_object
 from cogvideo_dist.protocols import Task
-from launch.compose import RankData, note_data, prepare_folder
+from launch.compose import RankData, data_facts, note_data, prepare_folder
+from launch.environment import job_name
 
 
-def run_training(
-    config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: ParallelMesh, new_data: bool = False,
-    lineage: Lineage | None = None,
-) -> None:  # fmt: skip
-    """From the run's folder to its last step; ``lineage``: the stages before it."""
-    prepare_folder(config, mesh, plan=data.plan, new_data=new_data)
-    if mesh.is_first and lineage is not None:
+@dataclass(frozen=True)
+class Start:
+    """How this start of a run differs from others: ``new_data`` allows data that is not what it began with, ``checkpoint`` is
+    the one that it is to go on from instead of its newest, ``job`` the scheduler's name for it."""
+
+    new_data: bool = False
+    checkpoint: str | None = None
+    job: str = ""
+    lineage: Lineage = field(default_factory=Lineage)
+
+
+def start_of(options: argparse.Namespace) -> Start:
+    """As the command line and the scheduler say."""
+    return Start(options.new_data, options.checkpoint, job_name())
+
+
+def run_training(config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: ParallelMesh, start: Start) -> None:
+    """From the run's folder to its last step."""
+    try:
+        with holding(Path(config.run.dir), mesh, job=start.job):
+            _run(config, task, data=data, mesh=mesh, start=start)
+    finally:
+        data.loader.close()
+
+
+def _run(config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: ParallelMesh, start: Start) -> None:
+    prepare_folder(config, mesh, plan=data.plan, new_data=start.new_data)
+    if mesh.is_first and start.lineage.ancestors:
         with replacing(Path(config.run.dir) / FILE) as temporary:
-            temporary.write_text(json.dumps(lineage.plain(), indent=1), encoding="utf-8")
+            temporary.write_text(json.dumps(start.lineage.plain(), indent=1), encoding="utf-8")
     limits = DataLimits(
         micro_steps=data.loader.micro_steps, tokens_per_pack=config.data.tokens_per_pack,
         max_bad_share=config.data.max_bad_share,
     )  # fmt: skip
-    try:
-        Trainer(config, task, batches=data, mesh=mesh, data_limits=limits, lineage=lineage).run()
-    finally:
-        data.loader.close()
+    facts = {
+        "configuration": json.loads(json.dumps(plain(config))),
+        "configuration_sha256": digest(config),
+        "data": data_facts(config.data, data.plan.catalog),
+    }
+    origin = Origin(start.lineage, start.checkpoint, facts)
+    Trainer(config, task, batches=data, mesh=mesh, data_limits=limits, origin=origin).run()
     if mesh.is_first:
         note_data(config, data.plan, drawn=data.plan.seen(config.train.steps))
+
+
+@contextmanager
+def holding(folder: Path, mesh: ParallelMesh, *, job: str) -> Iterator[None]:
+    """Within, no other job writes into the run's folder. An error of the first rank is that of all."""
+    lease, taken = None, ""
+    if mesh.is_first:
+        try:
+            lease = Lease(folder, say=lambda text: print(text, file=sys.stderr, flush=True), job=job)
+        except CheckpointError as error:
+            taken = str(error)
+    if taken := broadcast_object(taken, mesh.world):
+        raise CheckpointError(taken)
+    try:
+        yield
+    finally:
+        if lease:
+            lease.release()

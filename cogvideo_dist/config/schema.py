@@ -339,13 +339,28 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """When the run's state is written; the newest ``keep`` are kept."""
+    """When the run's state is written and how long it is kept: the newest ``keep``, those of every ``keep_every``-th step, and
+    the ``keep_best`` whose figure ``best_by`` of the held-out clips is smallest.
+
+    ``asynchronous``: the run stands still for the copy to the host's memory only; if one is still being written when the next
+    is due, that waits or is skipped (``while_busy``). ``failures``: how many in a row that cannot be written end the run.
+    ``upload``: a folder or URL (s3://, gs://, ...) that every checkpoint is copied to.
+    """
 
     every: int
     keep: int = 3
+    keep_every: int | None = None
+    keep_best: int = 0
+    best_by: str = "held_out/loss"
+    asynchronous: bool = True
+    while_busy: Literal["wait", "skip"] = "wait"
+    failures: int = 3
+    upload: str | None = None
 
     def __post_init__(self) -> None:
-        positive("checkpoint", every=self.every, keep=self.keep)
+        positive("checkpoint", every=self.every, keep=self.keep, keep_every=self.keep_every, failures=self.failures)
+        if self.keep_best < 0:
+            raise ValueError(f"checkpoint.keep_best must be at least 0, found {self.keep_best}")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from cogvideo_dist.engine.checkpoint import CheckpointError
+from cogvideo_dist.engine.manifest import CheckpointError
 
 FILE = "lineage.json"
 

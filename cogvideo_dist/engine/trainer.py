@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from cogvideo_dist.config.schema import Checkpoint, Log, Run, Train, Validation
-from cogvideo_dist.engine.checkpoint import (
-    CheckpointError,
-    FullState,
-    Saved,
-    check_about,
-    load,
-    newest,
-    read_manifest,
-    save,
-)
+from cogvideo_dist.engine.checkpoint import Stored
 from cogvideo_dist.engine.flops import peak_flops
 from cogvideo_dist.engine.lineage import Lineage
 from cogvideo_dist.engine.log import Meter, RunLog, means, peak_memory
-from cogvideo_dist.engine.optim import learning_rate, state_keys
-from cogvideo_dist.engine.zero import Engine
+from cogvideo_dist.engine.manifest import Saved, check_about
+from cogvideo_dist.engine.player import Player
+from cogvideo_dist.engine.restoring import restore_newest
+from cogvideo_dist.engine.saving import Saver
+from cogvideo_dist.engine.zero import DEEPSPEED, Engine
 from cogvideo_dist.parallel.mesh import ParallelMesh
-from cogvideo_dist.parallel.ops import barrier, broadcast_object, gather_objects
-from cogvideo_dist.parallel.split import own_slice
+from cogvideo_dist.parallel.ops import gather_objects
 from cogvideo_dist.protocols import Batch, Defect, Learner, Task
 
 
@@ -61,18 +54,22 @@ class Trainer:
 
     def __init__(
         self, settings: Settings, task: Task, *, batches: Batches, mesh: ParallelMesh, data_limits: DataLimits,
-        lineage: Lineage | None = None,
+        origin: Origin | None = None,
     ) -> None:  # fmt: skip
         self.settings, self.task, self.batches, self.mesh = settings, task, batches, mesh
-        self.lineage, self.samples = lineage or Lineage(), 0
+        self.origin, self.samples = origin or Origin(), 0
         self.limits = data_limits
         self.folder = Path(settings.run.dir)
-        self.problems: list[str] = []
-        self.first_step, self.players = self._start()
+        own = Learner("", task.model, settings.train, task.loss)
+        self.players = [Player(learner, self._engine(learner)) for learner in (own, *task.rivals(settings.train))]
         self.engine = self.players[0].engine
+        self.first_step, problems = self._restore()
         self.log = RunLog(self.folder, first_step=self.first_step, steps=settings.train.steps, speaks=mesh.is_first)
-        for problem in self.problems:
+        for problem in problems:
             self.log.say(f"warning: going on from step {self.first_step}: {problem}")
+        self.saver = Saver(self.folder / "ckpt", settings.checkpoint, mesh=mesh, say=self.log.say)
+        self.held_out: dict[str, float] = {}
+        self.judged = -1  # after which step
         self.meter = Meter()
         self.defects: list[Defect] = []  # samples that others replaced
         self.noticed: list[Defect] = []
@@ -81,9 +78,16 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end. Held-out loss is taken before the first step, when due, and after the last."""
+        ended = False
         try:
             self._run()
+            self.saver.end()
+            ended = True
+        except FloatingPointError:  # on all ranks, since it is found in sums over them
+            self.saver.finish()
+            raise
         finally:
+            self.saver.close(wait=ended)
             self.log.close()
 
     def _run(self) -> None:
@@ -94,6 +98,7 @@ class Trainer:
         self.since = time.monotonic()
         for step in range(self.first_step, steps):
             self._step(step, batches)
+            self.saver.poll()
             done = step + 1
             last = done == steps
             saving = last or done % self.settings.checkpoint.every == 0
@@ -105,54 +110,32 @@ class Trainer:
                 self.validate(done)
             if last or _due(done, self.settings.validation.samples_every):
                 self.show(done)
+            if last:
+                self.saver.finish()  # the last one is not skipped because another is being written
             if saving:
                 self.save(done)
             self.since += time.monotonic() - begun  # judging and saving are no part of the steps' time
 
-    def _start(self) -> tuple[int, list[Player]]:
-        """The first step and the engines, with the state of the newest whole checkpoint if there is one; all ranks take the
-        same."""
-        path = broadcast_object(self._newest() if self.mesh.is_first else None, self.mesh.world)
-        if isinstance(path, str):
-            raise CheckpointError(path)
-        own = Learner("", self.task.model, self.settings.train, self.task.loss)
-        learners = [own, *self.task.rivals(self.settings.train)]
-        if path is None:
-            return 0, [Player(learner, self._engine(learner)) for learner in learners]
-        self.samples = read_manifest(path).get("samples", 0)
-        return read_manifest(path)["step"], [Player(learner, self._restored(learner, path)) for learner in learners]
-
     def _engine(self, learner: Learner) -> Engine:
         return Engine(learner.model, learner.train, mesh=self.mesh, micro_steps=self.limits.micro_steps)
 
-    def _restored(self, learner: Learner, path: Path) -> Engine:
-        """Its engine as it was when ``path`` was saved."""
-        state, saved = load(path, learner.model, name=learner.name)
-        check_about(self._about(), saved.about, source=str(path))
-        step = max(0, saved.step - learner.start)
-        expected = {"weights", *(state_keys(learner.train) if step else ())}
-        if state.keys() != expected:
-            whose = f"of the {learner.name} " if learner.name else ""
-            raise CheckpointError(
-                f"{path} holds {', '.join(state) or 'nothing'} {whose}instead of {', '.join(sorted(expected))}; the run's "
-                "settings were others when it was made (train.ema_decay, loss.critic)"
-            )
-        with torch.no_grad():
-            for name, parameter in learner.model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(own_slice(learner.model, name, state["weights"][name]))
-        engine = self._engine(learner)
-        engine.load_state(state, step=step)
-        engine.scaler = {key: saved.scaler[learner.prefix + key] for key in engine.scaler}
-        return engine
+    def _restore(self) -> tuple[int, list[str]]:
+        """Take up the state of the checkpoint that the run goes on from; its step, and what was wrong with newer ones."""
+        stored, problems = restore_newest(
+            self.folder / "ckpt", self.mesh, restore=self._take_up, wanted=self.origin.checkpoint
+        )
+        if stored is None:
+            return 0, []
+        self.samples, self.limits.samples = stored.saved.samples, stored.saved.samples
+        self.limits.bad = stored.saved.bad
+        return stored.saved.step, problems
 
-    def _newest(self) -> Path | str | None:
-        try:
-            path, problems = newest(self.folder / "ckpt")
-        except CheckpointError as error:
-            return str(error)
-        self.problems = problems
-        return path
+    def _take_up(self, stored: Stored) -> None:
+        for player in self.players:
+            player.check(stored)
+        check_about(self._about(), stored.saved.about, source=str(stored.path))
+        for player in self.players:
+            player.restore(stored)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
         for _ in range(self.limits.micro_steps):
@@ -207,8 +190,8 @@ class Trainer:
             "data/padding_share": 1 - tokens[0] / tokens[1],
             "data/loader_wait_share": wait / self.mesh.world.size / elapsed,
             "data/samples": samples[0],
-            "lineage/steps": self.lineage.steps + done,
-            "lineage/samples": self.lineage.samples + self.samples,
+            "lineage/steps": self.origin.lineage.steps + done,
+            "lineage/samples": self.origin.lineage.samples + self.samples,
             "data/replaced_samples": replaced,
             "data/partial_samples": partial,
             "memory/peak_gib": max(gather_objects(peak_memory(device), self.mesh.world)) / 2**30,
@@ -278,7 +261,13 @@ class Trainer:
             for name, (value, count) in self.task.held_out_loss(self.engine.forward, batch).items():
                 meter.add(name, value * weight, weight=count * weight)
         self.engine.model.train()
-        values = means(meter.reduce(self.mesh.world, self.engine.device))
+        values = self.held_out = means(meter.reduce(self.mesh.world, self.engine.device))
+        self.judged = done
+        policy = self.settings.checkpoint
+        if values and policy.keep_best and policy.best_by not in values:
+            raise ValueError(
+                f"checkpoint.best_by: {policy.best_by} is no figure of this run; it has {', '.join(values)}"
+            )
         if values:
             self.log.scalars(done, values)
             self.log.say(f"step {done}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
@@ -293,32 +282,39 @@ class Trainer:
         self.engine.model.train()
 
     def save(self, done: int) -> None:
-        state: FullState = {}
         scaler: dict[str, float] = {}
         for player in self.players:
-            own = player.engine.full_state(step=max(0, done - player.learner.start))
-            state |= {player.learner.prefix + kind: tensors for kind, tensors in own.items()}
-            scaler |= {player.learner.prefix + key: value for key, value in player.engine.scaler.items()}
-        if self.mesh.is_first:
-            came = self.samples, self.lineage.plain()
-            saved = Saved(done, self.settings.run.seed, self._about(), scaler, *came)
-            save(self.folder / "ckpt", state, saved=saved, keep=self.settings.checkpoint.keep)
-        barrier(self.mesh.world)
+            scaler |= player.scaler()
+        saved = Saved(
+            done, self.settings.run.seed, self._about(), scaler, samples=self.samples, bad=self.limits.bad,
+            lineage=self.origin.lineage.plain(), facts=self._facts(done),
+        )  # fmt: skip
+        self.saver.save(saved, [player.state(done) for player in self.players])
+
+    def _facts(self, done: int) -> dict[str, Any]:
+        """What a checkpoint tells whoever looks at it; nothing of it decides how the run goes on."""
+        train, mesh = self.settings.train, self.mesh
+        axes = (mesh.world, mesh.dp, mesh.ring, mesh.ulysses, mesh.tp, mesh.cp)
+        return {
+            **self.origin.facts,
+            "versions": {"torch": torch.__version__, "deepspeed": DEEPSPEED},
+            "layout": {axis.name: axis.size for axis in axes}
+            | {"zero_stage": train.zero_stage, "precision": train.precision},
+            "held_out": self.held_out if self.judged == done else {},
+        }
 
     def _about(self) -> dict[str, Any]:
         return {"seed": self.settings.run.seed, **self.task.fingerprint()}
 
 
 @dataclass(frozen=True)
-class Player:
-    """A model that learns, under its engine."""
+class Origin:
+    """Where a run comes from: the stages before it, the checkpoint that it is to go on from (None: the newest), and facts that
+    its checkpoints tell, such as its configuration and data."""
 
-    learner: Learner
-    engine: Engine
-
-    def rate(self, step: int) -> float:
-        """Its learning rate in the run's step ``step``."""
-        return learning_rate(self.learner.train, step - self.learner.start)
+    lineage: Lineage = field(default_factory=Lineage)
+    checkpoint: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class DataLimits:

@@ -6,8 +6,9 @@ holds them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -17,8 +18,8 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
     set_z3_leaf_modules,
@@ -26,15 +27,20 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from cogvideo_dist.config.schema import Train
-from cogvideo_dist.engine.checkpoint import FullState
 from cogvideo_dist.engine.offload import Shelf
 from cogvideo_dist.engine.optim import AdamWithEma, make_optimizer, state_keys
+from cogvideo_dist.engine.pieces import Cut, Piece, cut_of
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.parallel.ops import reduce_sum
-from cogvideo_dist.parallel.split import joined_whole, own_slice, split_of
+from cogvideo_dist.parallel.split import joined_whole, split_of
 
 # Its build takes minutes, and a build that is killed leaves a lock on which later starts wait without a word.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+DEEPSPEED: str = deepspeed.__version__
+
+FullState = dict[str, dict[str, Tensor]]
+"""Kind (``weights``, ``exp_avg``, ``exp_avg_sq``, ``ema``) -> parameter name -> the whole tensor in float32."""
 
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -193,18 +199,64 @@ class Engine:
                         state[kind][name] = tensor.float().cpu().clone()
         return state
 
-    def load_state(self, state: Mapping[str, Mapping[str, Tensor]], *, step: int) -> None:
-        """Set master weights and optimizer states, as they were after ``step`` updates.
+    def cuts(self) -> dict[str, Cut]:
+        """Every trained parameter: its whole shape and how tp slices it."""
+        return {name: cut_of(self.model, name, tuple(self._shape(p))) for name, p in self.names.items()}
 
-        The module must have been given the same weights before DeepSpeed was initialised: it copies its masters from them,
-        and the working copy is not refreshed by setting masters.
+    def held(self) -> dict[str, Piece]:
+        """What this rank's optimizer works on of every parameter, as elements of its tp slice."""
+        found = {}
+        for name, cut in self.cuts().items():
+            first, last = self._run(self.names[name])
+            found[name] = replace(cut.slice(self.mesh.tp.rank, self.mesh.tp.size), start=first, stop=last)
+        return found
+
+    def owned(self) -> dict[str, Piece]:
+        """What of that this rank writes into checkpoints: what several hold alike is dealt to them."""
+        replica, tp, found = self.mesh.replica, self.mesh.tp, {}
+        for number, (name, piece) in enumerate(self.held().items()):
+            if self.stage == 0:  # every replica holds all
+                share = -(-piece.count // replica.size)
+                first = min(piece.count, replica.rank * share)
+                piece = replace(piece, start=first, stop=min(piece.count, first + share))
+            if piece.parts == 1 and number % tp.size != tp.rank:
+                piece = replace(piece, stop=piece.start)
+            found[name] = piece
+        return found
+
+    def copy(self, kind: str, into: Tensor) -> None:
+        """What this rank owns of one kind of state, parameter after parameter, to ``into`` on the host, float32."""
+        place, held = 0, self.held()
+        with self._reachable() if kind != "weights" else nullcontext():
+            for name, piece in self.owned().items():
+                if piece.count:
+                    own = self._fragment(self.names[name], kind)
+                    first = piece.start - held[name].start
+                    into[place : place + piece.count].copy_(own[first : first + piece.count], non_blocking=True)
+                    place += piece.count
+
+    def restore(self, read: Callable[[str, str, Piece], Tensor], *, kinds: Sequence[str], step: int) -> None:
+        """Set the master weights, the working copy and, of ``kinds``, the optimizer states, as they were after ``step``
+        updates.
+
+        ``read(kind, name, piece)`` gives the elements of a piece, float32 [piece.count].
         """
+        self._inner.state.clear()  # of an attempt at a newer checkpoint, which had updates
         if step > 0:
             self._create_state(step)
-        with self._reachable() if step > 0 else nullcontext():
+        held = self.held()
+        with torch.no_grad(), self._reachable() if step > 0 else nullcontext():
             for name, parameter in self.names.items():
-                for kind, tensors in state.items():
-                    self._write(parameter, kind, own_slice(self.model, name, tensors[name]))
+                piece = held[name]
+                slice_ = replace(piece, start=0, stop=self._shape(parameter).numel())
+                weights = read("weights", name, slice_)
+                self._set_working(parameter, weights.view(self._shape(parameter)))
+                if self.stage > 0 and piece.count:
+                    self._set_fragment(parameter, "weights", weights[piece.start : piece.stop])
+                for kind in kinds:
+                    if kind != "weights" and piece.count:
+                        self._set_fragment(parameter, kind, read(kind, name, piece))
+        self._forget_gathered()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -242,21 +294,39 @@ class Engine:
     def _read_everywhere(self, parameter: nn.Parameter, kind: str) -> Tensor:
         return self._read(parameter, kind).reshape(self._shape(parameter))
 
-    def _write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        value = value.to(self.device)
+    def _run(self, parameter: Any) -> tuple[int, int]:
+        """First and last element, of its own slice, that this rank's optimizer works on."""
         if self.stage == 0:
-            target = parameter if kind == "weights" else self._inner.state[parameter][kind]
-            target.detach().copy_(value)
-        elif self.stage == 3:
-            local = self._local(parameter, value)
+            return 0, parameter.numel()
+        if self.stage == 3:
+            size, first = parameter.ds_tensor.numel(), self.mesh.replica.rank * parameter.ds_tensor.numel()
+            return min(first, parameter.ds_numel), min(first + size, parameter.ds_numel)
+        mapping = parameter._hp_mapping
+        if mapping is None:  # others have all of it
+            return 0, 0
+        address = mapping.lp_fragment_address
+        return address.start, address.start + address.numel
+
+    def _fragment(self, parameter: Any, kind: str) -> Tensor:
+        """This rank's run of elements of a state of a parameter, flat."""
+        if self.stage == 0:
+            return (parameter if kind == "weights" else self._inner.state[parameter][kind]).detach().view(-1)
+        if self.stage == 3:
+            first, last = self._run(parameter)
             if kind == "weights":
-                safe_set_local_fp32_param(parameter, local)
-            else:
-                safe_set_local_optimizer_state(parameter, local, kind)
-        elif kind == "weights":
-            safe_set_full_fp32_param(parameter, value)
+                return safe_get_local_fp32_param(parameter).detach()[: last - first]
+            return safe_get_local_optimizer_state(parameter, kind).detach()[: last - first]
+        return parameter._hp_mapping.get_hp_fragment(None if kind == "weights" else kind).detach()
+
+    def _set_fragment(self, parameter: Any, kind: str, values: Tensor) -> None:
+        if self.stage != 3:
+            self._fragment(parameter, kind).copy_(values)
+            return
+        values = torch.nn.functional.pad(values, (0, parameter.ds_tensor.numel() - values.numel())).to(self.device)
+        if kind == "weights":
+            safe_set_local_fp32_param(parameter, values)
         else:
-            safe_set_full_optimizer_state(parameter, value, kind)
+            safe_set_local_optimizer_state(parameter, values, kind)
 
     def _local(self, parameter: Any, value: Tensor) -> Tensor:
         """This rank's slice of a whole tensor under stage 3: ceil(numel / ranks) elements, zero padded."""

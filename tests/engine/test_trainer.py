@@ -218,7 +218,7 @@ def test_a_second_model_goes_on_bitwise_wherever_the_run_was_ended(tmp_path: Pat
     paths = [newest(tmp_path / name / "ckpt")[0] for name in ("whole", "broken")]
     files = [{file.name: file.read_bytes() for file in path.glob("*.safetensors")} for path in paths if path]
     assert files[0] == files[1]
-    assert {"second.weights.safetensors", "second.exp_avg.safetensors", "ema.safetensors"} < files[0].keys()
+    assert {"second.weights", "second.exp_avg", "ema"} < {name.split("-")[0] for name in files[0]}
 
 
 def test_a_second_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:

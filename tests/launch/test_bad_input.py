@@ -16,6 +16,7 @@ from cogvideo_dist.data.catalog import Catalog
 from cogvideo_dist.data.index import Index
 from cogvideo_dist.data.plan import Plan
 from cogvideo_dist.data.shards import ShardReader
+from cogvideo_dist.engine.checkpoint import checkpoints
 from launch import train_dit, train_vae
 from launch.compose import TransformerGeometry
 from tests.data.clips import add, make_clip
@@ -227,12 +228,12 @@ def taken_over(other: Path, run: Path, *, config: bool = False) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("model.layers=3", "weights.safetensors is of another model: it lacks blocks.2.modulation.weight"),
-        ("model.layers=1", "weights.safetensors is of another model: it has the unknown tensor blocks.1.ff1.bias"),
+        ("model.layers=3", "step-000002 is of another model: it lacks blocks.2.modulation.weight"),
+        ("model.layers=1", "step-000002 is of another model: it has the unknown tensor blocks.1.ff1.bias"),
         ("model.time_embed_dim=32", "time.linear1.weight has shape (16, 32), expected (32, 32)"),
         ("model.sample_height=8", "is of another run: it was made with model.sample_height=4, this run has 8"),
         ("run.seed=6", "is of another run: it was made with seed=5, this run has 6"),
-        ("train.ema_decay=null", "holds weights, exp_avg, exp_avg_sq, ema instead of exp_avg, exp_avg_sq, weights"),
+        ("train.ema_decay=null", "holds ema, exp_avg, exp_avg_sq, weights instead of exp_avg, exp_avg_sq, weights"),
     ],
 )  # fmt: skip
 def test_a_checkpoint_of_another_model_is_refused(
@@ -267,18 +268,18 @@ def test_what_does_not_change_the_run_may_change(world: World, other: Path, tmp_
     run = taken_over(other, tmp_path / "run", config=True)
     changes = ("train.steps=3", "train.zero_stage=3", "checkpoint.keep=1", "log.every=2", "train.recompute=full")
     assert attempt(world, run, *changes, ranks=2)[0] == 0
-    assert [path.name for path in (run / "ckpt").iterdir()] == ["step-000003"]
+    assert [path.name for path in checkpoints(run / "ckpt")] == ["step-000003"]
 
 
 def test_a_damaged_checkpoint_is_passed_over_aloud_and_none_whole_is_refused(world: World, tmp_path: Path) -> None:
     run = tmp_path / "run"
     changes = ("train.steps=4", "checkpoint.every=2")
     assert attempt(world, run, *changes)[0] == 0
-    (run / "ckpt" / "step-000004" / "ema.safetensors").write_bytes(b"")
+    (run / "ckpt" / "step-000004" / "ema-00000.safetensors").write_bytes(b"")
     ((code, _, stderr),) = run_ranks(try_train, 1, world.file, world.overrides(run, *changes))
     assert code == 0
     assert "warning: going on from step 2: " in stderr
-    assert "step-000004/ema.safetensors has 0 bytes" in stderr
+    assert "step-000004/ema-00000.safetensors has 0 bytes" in stderr
     for path in (run / "ckpt").glob("step-*"):
         (path / "manifest.json").write_text(json.dumps({"format": 1}))
     code, _, line = attempt(world, run, *changes, ranks=2)

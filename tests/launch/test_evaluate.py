@@ -17,7 +17,7 @@ from cogvideo_dist.config.load import load_config, to_yaml
 from cogvideo_dist.data.catalog import Catalog
 from cogvideo_dist.data.plan import Plan
 from cogvideo_dist.data.shards import ShardReader
-from cogvideo_dist.engine.checkpoint import Saved, save
+from cogvideo_dist.engine.manifest import Saved
 from cogvideo_dist.evaluation.reconstruction import latent_sums, reconstruction_sums
 from cogvideo_dist.models.perceptual import Perceptual
 from cogvideo_dist.rng import fold
@@ -26,6 +26,7 @@ from launch.autoencoder import build_vae
 from launch.compose import LatentGeometry, load_vae
 from launch.evaluate_report import Evaluation, Measured, show, write_report
 from tests.data.test_decode import decode, image
+from tests.engine.saved_states import commit
 from tests.launch.test_train_vae import CONFIG
 from tests.launch.world import World, outcome
 
@@ -66,7 +67,7 @@ def run(world: World) -> Path:
     ema = {name: tensor / 2 for name, tensor in weights.items()}
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(config))
-    save(folder / "ckpt", {"weights": weights, "ema": ema}, saved=Saved(7, 2, {}, {}), keep=1)
+    commit(folder / "ckpt", {"weights": weights, "ema": ema}, saved=Saved(7, 2, {}, {}))
     return folder
 
 

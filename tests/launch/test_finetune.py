@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from cogvideo_dist.config.load import ConfigError
 from cogvideo_dist.convert import diffusers as hf
-from cogvideo_dist.engine.checkpoint import CheckpointError
+from cogvideo_dist.engine.checkpoint import Stored
 from cogvideo_dist.engine.lineage import read_lineage
+from cogvideo_dist.engine.manifest import CheckpointError
 from cogvideo_dist.models.lora import is_adapter
 from launch import convert, encode
 from launch.adapters import check_adapter, merge_adapter, read_adapter
 from launch.beginning import base_model, begin, trained_transformer
 from launch.runs import open_pipeline
+from tests.engine.saved_states import whole_states
 from tests.launch.world import World, outcome, read_log, steps_of, train, try_train
 from tests.ranks import run_ranks
 
@@ -38,7 +40,7 @@ def refused(world: World, run: Path, *changes: str) -> str:
 
 
 def state(run: Path, kind: str = "weights", step: int = 10) -> dict[str, torch.Tensor]:
-    return load_file(run / "ckpt" / f"step-{step:06d}" / f"{kind}.safetensors")
+    return whole_states(run / "ckpt" / f"step-{step:06d}")[kind]
 
 
 def manifest(run: Path, step: int = 10) -> dict[str, Any]:
@@ -153,7 +155,7 @@ def test_a_stage_goes_on_from_another_at_a_larger_size_and_remembers_it(
     assert (first["run"], first["step"], first["weights"]) == (str(base), 10, "ema")
     seen = sum(entry["data/samples"] for entry in read_log(base) if "data/samples" in entry)
     assert first["samples"] == manifest(base)["samples"] == seen > 0
-    assert first["sha256"] == manifest(base)["files"]["ema.safetensors"]["sha256"]
+    assert first["sha256"] == Stored.open(base / "ckpt" / "step-000010").digest("ema")
     last = (
         read_log(run)[-1]
         if "lineage/steps" in read_log(run)[-1]

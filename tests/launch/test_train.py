@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from cogvideo_dist.engine.checkpoint import newest, verify
+from cogvideo_dist.engine.checkpoint import newest
 from cogvideo_dist.engine.log import RunLog
 from cogvideo_dist.parallel.mesh import ParallelMesh
+from tests.engine.saved_states import whole_states
 from tests.launch.commands import FREQUENT, ROOT, finish, last_step, start
 from tests.launch.world import World, read_log, steps_of, train
 from tests.ranks import run_ranks
@@ -44,10 +44,10 @@ def assert_bitwise(run: Path, expected: Path) -> None:
     assert path is not None
     assert other is not None
     assert path.name == other.name == f"step-{STEPS:06d}"
-    for name in verify(other)["files"]:
-        ours, theirs = load_file(path / name), load_file(other / name)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items()), name
+    ours, theirs = whole_states(path), whole_states(other)
+    assert ours.keys() == theirs.keys()
+    for kind, tensors in theirs.items():
+        assert all(torch.equal(ours[kind][key], tensor) for key, tensor in tensors.items()), kind
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
-from safetensors.torch import load_file
 
 from cogvideo_dist.config.autoencoder import VAERun
 from cogvideo_dist.config.load import ConfigError, load_config
@@ -25,6 +24,7 @@ from cogvideo_dist.parallel.mesh import ParallelMesh, build_mesh
 from launch import convert, train_vae
 from launch.autoencoder import build_judges, build_vae
 from launch.compose import load_vae
+from tests.engine.saved_states import whole_states
 from tests.launch.world import World, outcome, read_log, steps_of
 from tests.ranks import run_ranks
 
@@ -127,8 +127,8 @@ AGAINST = ("loss/decoder", "critic/loss", "critic/balance", "critic/hinge", "cri
 ENDS = [
     (VAE, "backward", 9), (Critic, "backward", 1),
     *(pytest.param(*end, marks=pytest.mark.long) for end in (
-        (VAE, "backward", 3), (VAE, "step", 8), (VAE, "full_state", 3), (Critic, "backward", 4), (Critic, "step", 0),
-        (Critic, "step", 3), (Critic, "full_state", 1), (Critic, "full_state", 2),
+        (VAE, "backward", 3), (VAE, "step", 8), (VAE, "copy", 3), (Critic, "backward", 4), (Critic, "step", 0),
+        (Critic, "step", 3), (Critic, "copy", 1), (Critic, "copy", 2),
     )),
 ]  # fmt: skip
 """Ends by kill -9: whose call of what, counted from 0. A step has two micro-steps; the critic's first is the seventh."""
@@ -174,9 +174,11 @@ def test_a_run_killed_in_either_phase_goes_on_bitwise(
     )
     assert found == expected
     paths = [newest(run / "ckpt")[0] for run in (tmp_path, undisturbed)]
-    files = [{path.name: path.read_bytes() for path in folder.glob("*.safetensors")} for folder in paths if folder]
-    assert files[0] == files[1]
-    assert len(files[0]) == 7
+    states = [whole_states(folder) for folder in paths if folder]
+    assert states[0].keys() == states[1].keys()
+    assert len(states[0]) == 7
+    for kind, tensors in states[0].items():
+        assert all(torch.equal(tensor, states[1][kind][name]) for name, tensor in tensors.items()), kind
 
 
 def test_a_critic_is_heard_from_its_start_on(undisturbed: Path) -> None:
@@ -214,7 +216,7 @@ def test_a_second_stage_starts_from_the_averaged_weights_and_the_critic_of_the_f
     saved, _ = newest(undisturbed / "ckpt")
     assert saved is not None and judges.critic is not None
     for model, kind in ((build_vae(config), "ema"), (judges.critic, "critic.weights")):
-        expected = load_file(saved / f"{kind}.safetensors")
+        expected = whole_states(saved)[kind]
         assert model.state_dict().keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
@@ -226,7 +228,7 @@ def test_a_second_stage_starts_from_the_averaged_weights_and_the_critic_of_the_f
         (["model.weights=RUN/ckpt"], "is neither a run .config.yaml. nor a diffusers vae folder"),
         (["model.weights=SHARDS"], "is neither a run"),
         (["loss.critic.weights=PLAIN"], "loss.critic.weights: .*step-000004 holds no critic; it was trained without one"),
-        (["loss.critic.channels=[4, 6]", "loss.critic.weights=RUN"], "critic.weights.safetensors is of another model"),
+        (["loss.critic.channels=[4, 6]", "loss.critic.weights=RUN"], "is of another model"),
         (["loss.perceptual.weights=SHARDS/index.json"], "weights of the perceptual network are .safetensors or .pth"),
     ],
 )  # fmt: skip

@@ -1,0 +1,90 @@
+"""A model that learns, under its engine: its rate, and its state to be saved and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cogvideo_dist.engine.checkpoint import Stored, check_shapes
+from cogvideo_dist.engine.manifest import OtherRun
+from cogvideo_dist.engine.optim import learning_rate, state_keys
+from cogvideo_dist.engine.pieces import Cut, Piece
+from cogvideo_dist.engine.zero import Engine
+from cogvideo_dist.protocols import Learner
+
+
+@dataclass(frozen=True)
+class Player:
+    """A learner and its engine."""
+
+    learner: Learner
+    engine: Engine
+
+    def rate(self, step: int) -> float:
+        """Its learning rate in the run's step ``step``."""
+        return learning_rate(self.learner.train, step - self.learner.start)
+
+    def own_step(self, done: int) -> int:
+        """Updates that it has had after ``done`` of the run's."""
+        return max(0, done - self.learner.start)
+
+    def state(self, done: int) -> State:
+        """What is saved of it after ``done`` steps of the run."""
+        keys = state_keys(self.learner.train) if self.own_step(done) else ()
+        return State(self.learner.name, self.engine, ("weights", *keys))
+
+    def scaler(self) -> dict[str, float]:
+        """The state of its loss scale, under names of its own."""
+        return {self.learner.prefix + key: value for key, value in self.engine.scaler.items()}
+
+    def check(self, stored: Stored) -> None:
+        """Raise ``OtherRun`` if ``stored`` is of another model or of other settings."""
+        name, expected = self.learner.name, self.state(stored.saved.step).kinds()
+        found = {key: cut.shape for key, cut in stored.cuts(name).items()}
+        if found:
+            own = {key: cut.shape for key, cut in self.engine.cuts().items()}
+            check_shapes(own, found, source=str(stored.path))
+        if stored.kinds(name) != set(expected):
+            whose = f"of the {name} " if name else ""
+            raise OtherRun(
+                f"{stored.path} holds {', '.join(sorted(stored.kinds(name))) or 'nothing'} {whose}instead of "
+                f"{', '.join(sorted(expected))}; the run's settings were others when it was made (train.ema_decay, loss.critic)"
+            )
+
+    def restore(self, stored: Stored) -> None:
+        """Become what it was when ``stored`` was written. Raises ``CheckpointError`` if that is damaged."""
+        learner, name, cuts = self.learner, self.learner.name, self.engine.cuts()
+
+        def read(kind: str, key: str, piece: Piece) -> Tensor:
+            return stored.read(kind, key, piece=piece, cut=cuts[key], model=name)
+
+        step = stored.saved.step
+        self.engine.restore(read, kinds=self.state(step).kinds(), step=self.own_step(step))
+        scaler = stored.saved.scaler
+        # a run that had another precision before begins with a fresh scale
+        self.engine.scaler = {
+            key: scaler[learner.prefix + key] for key in self.engine.scaler if learner.prefix + key in scaler
+        }
+
+
+@dataclass(frozen=True)
+class State:
+    """The state of a model, as ``Saver`` takes it."""
+
+    model_name: str
+    engine: Engine
+    held: tuple[str, ...]
+
+    def kinds(self) -> Sequence[str]:
+        return self.held
+
+    def cuts(self) -> Mapping[str, Cut]:
+        return self.engine.cuts()
+
+    def owned(self) -> Mapping[str, Piece]:
+        return self.engine.owned()
+
+    def copy(self, kind: str, into: Tensor) -> None:
+        self.engine.copy(kind, into)
