@@ -1,4 +1,4 @@
-"""Convert between our weights and the public formats: python launch/convert.py {diffusers,native,sat-vae} SOURCE OUT
+"""Convert between our weights and the public formats: python launch/convert.py {diffusers,lora,native,sat-vae} SOURCE OUT
 
 ``sat-config`` translates SAT's configuration files instead.
 """
@@ -6,57 +6,66 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from cogvideo_dist.config.autoencoder import VAERun
 from cogvideo_dist.config.load import ConfigError, load_config
 from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.convert import native, sat
-from cogvideo_dist.convert.scheduler import scheduler_config
 from cogvideo_dist.convert.vae_config import config_from_diffusers
+from cogvideo_dist.evaluation.media import replacing
 from cogvideo_dist.models.dit import DiT
 from cogvideo_dist.models.vae import VAE, VAEConfig
-from cogvideo_dist.rng import fold
 from launch.autoencoder import is_vae_run, trained_vae
 from launch.beginning import trained_transformer
 from launch.environment import run_command
-from launch.runs import open_pipeline
+from launch.release import Wish, appearing, release_model, release_pipeline
+from launch.release_facts import Source
+from launch.release_lora import release_lora
+from launch.release_proof import wanted
 from launch.sat_config import add_options, translate_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-TOLERANCE = 1e-9
-"""Of ``verify``, as a share of the largest value, in float64."""
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+EXAMPLES = """\
+examples:
+  python launch/convert.py diffusers runs/demo/dit my-pipeline --dtype bf16   # a run -> a diffusers pipeline folder, verified
+  python launch/convert.py diffusers runs/demo/dit my-pipeline --text reference --text-from THUDM/CogVideoX-5b
+  python launch/convert.py diffusers my-pipeline smaller --dtype fp16         # a pipeline folder -> another
+  python launch/convert.py diffusers runs/demo/vae my-vae                     # a run -> a diffusers vae folder
+  python launch/convert.py lora runs/style my-lora --base THUDM/CogVideoX-5b  # a run of adapters -> load_lora_weights
+  python launch/convert.py sat-vae runs/demo/vae my-vae/3d-vae.pt             # a run -> the VAE's file of SAT
+  python launch/convert.py sat-vae CogVideoX-5b/vae 3d-vae.pt                 # diffusers -> the VAE's file of SAT
+  python launch/convert.py diffusers 3d-vae.pt my-vae --scaling-factor 0.7    # the VAE's file of SAT -> diffusers
+  python launch/convert.py native mp_rank_00_model_states.pt ours --scaling-factor 0.7 # its VAE -> ours
+  python launch/convert.py sat-config cogvideox_5b.yaml sft.yaml --out my.yaml # SAT's configuration -> ours"""
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Convert between our weights and the public formats.",
-        epilog="examples:\n"
-        "  python launch/convert.py diffusers runs/demo/dit runs/demo/pipeline     # a run -> a diffusers pipeline folder\n"
-        "  python launch/convert.py diffusers runs/demo/vae my-vae --verify        # a run -> a diffusers vae folder\n"
-        "  python launch/convert.py sat-vae runs/demo/vae my-vae/3d-vae.pt         # a run -> the VAE's file of SAT\n"
-        "  python launch/convert.py sat-vae CogVideoX-5b/vae 3d-vae.pt             # diffusers -> the VAE's file of SAT\n"
-        "  python launch/convert.py diffusers 3d-vae.pt my-vae --scaling-factor 0.7 # the VAE's file of SAT -> diffusers\n"
-        "  python launch/convert.py native mp_rank_00_model_states.pt ours --scaling-factor 0.7 # its VAE -> ours\n"
-        "  python launch/convert.py sat-config cogvideox_5b.yaml sft.yaml --out my.yaml # SAT's configuration -> ours",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+        description="Convert between our weights and the public formats. docs/release.md has the whole way of a release.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     formats = parser.add_subparsers(dest="format", required=True)
     to_public = formats.add_parser(
         "diffusers", help="a run -> a diffusers pipeline folder; one of a VAE, or a file of SAT -> a vae folder",
         epilog="example: python launch/convert.py diffusers runs/demo/dit runs/demo/pipeline --dtype bf16",
     )  # fmt: skip
-    to_public.add_argument(
-        "--part", choices=("pipeline", "transformer"), default="pipeline", help="of a transformer's run"
-    )
-    to_public.add_argument(
-        "--verify", action="store_true",
-        help="of a VAE: load the folder with diffusers' own class and compare latents and pixels of a small clip with ours",
+    add_pipeline(to_public)
+    lora = formats.add_parser(
+        "lora", help="a run of adapters -> pytorch_lora_weights.safetensors, for load_lora_weights of diffusers",
+        epilog="example: python launch/convert.py lora runs/style my-lora --base THUDM/CogVideoX-5b",
     )  # fmt: skip
+    lora.add_argument("source", help="a run with a lora section")
+    lora.add_argument(
+        "--base", metavar="ID", help="the hub's id or folder of the pipeline that they go on, for the card"
+    )
     to_ours = formats.add_parser(
         "native", help="anything -> a folder with weights.safetensors, our names, and model.json",
         epilog="example: python launch/convert.py native CogVideoX-5b/transformer ours",
@@ -67,6 +76,14 @@ def arguments() -> argparse.Namespace:
     )  # fmt: skip
     for command in (to_public, to_ours, to_sat):
         add_source(command)
+    for command in (to_public, lora, to_ours, to_sat):
+        add_output(command)
+    for command in (to_public, lora):
+        command.add_argument(
+            "--verify", action=argparse.BooleanOptionalAction,
+            help="load what is written with diffusers itself, and give it its name only if a forward and a sample of few steps "
+            "are ours; left out, that is done where diffusers is installed",
+        )  # fmt: skip
     add_options(
         formats.add_parser(
             "sat-config", help="SAT's configuration files -> one of ours, with a list of what became of each key",
@@ -76,14 +93,45 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def add_pipeline(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--part", choices=("pipeline", "transformer"), default="pipeline", help="of a transformer's run"
+    )
+    command.add_argument(
+        "--text", choices=("copy", "reference"), default="copy",
+        help="of a pipeline: T5 and its tokenizer are copied, or left out, with the card saying where to take them",
+    )  # fmt: skip
+    command.add_argument(
+        "--text-from",
+        metavar="ID",
+        help="with --text reference: the hub's id or folder; left out, the run's frozen.text",
+    )
+    command.add_argument(
+        "--shard-size", type=size_in_bytes, default=hf.SHARD_SIZE, metavar="SIZE",
+        help="bytes of weights in a file, such as 5GB, which it is unless given",
+    )  # fmt: skip
+
+
+def size_in_bytes(text: str) -> int:
+    """5GB, 200MB, 1000; units are powers of ten, as in diffusers."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?B?)", text.upper())
+    size = int(float(found[1]) * UNITS.get(found[2], 0)) if found else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give one such as 5GB or 200MB")
+    return size
+
+
+def add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("out")
+    command.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a run: averaged or last weights")
+    command.add_argument("--dtype", choices=DTYPES, help="of the written weights; left out, as they are")
+
+
 def add_source(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "source", help="a run, a folder of diffusers or of native, or a file of SAT with a VAE (3d-vae.pt, or a fine-tuned "
         "model's mp_rank_00_model_states.pt), of which no code is run",
     )  # fmt: skip
-    command.add_argument("out")
-    command.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a run: averaged or last weights")
-    command.add_argument("--dtype", choices=DTYPES, help="of the written weights; left out, as they are")
     shape = command.add_mutually_exclusive_group()
     shape.add_argument(
         "--scaling-factor", type=float, metavar="X",
@@ -101,27 +149,48 @@ def main() -> None:
         translate_files(options)
         return
     source, out = Path(options.source), Path(options.out)
-    dtype = DTYPES[options.dtype] if options.dtype else None
     if not source.exists():
         raise ConfigError(f"{source}: no such folder or file")
-    if options.format == "diffusers" and options.part == "pipeline" and is_transformer_run(source):
-        if options.verify:
-            raise ConfigError(f"{source} is the run of a transformer; --verify is for an autoencoder's export")
-        write_pipeline(options, out, dtype=dtype)
+    if options.format == "lora":
+        release_lora(source, out, wish=wish_of(options, modules=("diffusers", "peft")), base=options.base)
+    elif options.format == "diffusers" and is_pipeline(source) and options.part == "pipeline":
+        release_pipeline(source, out, wish=wish_of(options))
     else:
-        model = read_model(source, options)
-        write(model, out, options=options, dtype=dtype)
+        write(options, source, out)
     print(out)
+
+
+def wish_of(options: argparse.Namespace, *, modules: tuple[str, ...] = ("diffusers",)) -> Wish:
+    storage = hf.Storage(DTYPES.get(options.dtype), getattr(options, "shard_size", hf.SHARD_SIZE))
+    return Wish(storage, options.weights, wanted(options.verify, modules=modules), text_from(options))
+
+
+def text_from(options: argparse.Namespace) -> str | None:
+    """Where a pipeline's text encoder is, if it is not to be copied."""
+    given: str | None = getattr(options, "text_from", None)
+    if getattr(options, "text", "copy") == "copy":
+        if given is not None:
+            raise ConfigError("--text-from says where a text encoder is that is not copied; add --text reference")
+        return None
+    source = Path(options.source)
+    if given is None and is_transformer_run(source):
+        given = load_config(DiTRun, [source / "config.yaml"]).frozen.text
+    return given or options.source
+
+
+def is_pipeline(source: Path) -> bool:
+    """Whether there is all that a pipeline needs: the run of a transformer, or such a folder."""
+    return is_transformer_run(source) or (source / "model_index.json").exists()
 
 
 def is_transformer_run(source: Path) -> bool:
     return (source / "config.yaml").exists() and not is_vae_run(source)
 
 
-def read_model(source: Path, options: argparse.Namespace) -> DiT | VAE:
-    """Of whatever kind the source is."""
+def read_model(source: Path, options: argparse.Namespace) -> tuple[DiT | VAE, Source | None]:
+    """Of whatever kind the source is, and the run that it is, if it is one."""
     if source.is_file():
-        return read_sat(source, options)
+        return read_sat(source, options), None
     if not (options.scaling_factor is None and options.vae_config is None and options.prefix is None):
         raise ConfigError(
             f"{source} has a configuration; --scaling-factor, --vae-config and --prefix are for a file of SAT alone"
@@ -129,10 +198,13 @@ def read_model(source: Path, options: argparse.Namespace) -> DiT | VAE:
     if is_transformer_run(source):
         if options.format == "sat-vae":
             raise ConfigError(f"{source} is the run of a transformer; expected one of launch/train_vae.py")
-        return trained_transformer(source, load_config(DiTRun, [source / "config.yaml"]), weights=options.weights)[0]
+        config = load_config(DiTRun, [source / "config.yaml"])
+        model, step = trained_transformer(source, config, weights=options.weights)
+        return model, Source(source, config, step, options.weights)
     if (source / "config.yaml").exists():
-        return trained_vae(source, options.weights)[0]
-    return native.load(source) if (source / native.FIELDS).exists() else read_public(source)
+        vae, step = trained_vae(source, options.weights)
+        return vae, Source(source, load_config(VAERun, [source / "config.yaml"]), step, options.weights)
+    return (native.load(source) if (source / native.FIELDS).exists() else read_public(source)), None
 
 
 def read_sat(source: Path, options: argparse.Namespace) -> VAE:
@@ -158,75 +230,21 @@ def read_public(source: Path) -> DiT | VAE:
     raise ConfigError(f"{source / 'config.json'} describes a {name}; expected a CogVideoX transformer or autoencoder")
 
 
-def write(model: DiT | VAE, out: Path, *, options: argparse.Namespace, dtype: torch.dtype | None) -> None:
+def write(options: argparse.Namespace, source: Path, out: Path) -> None:
+    """One model, as the format is that is asked for."""
+    dtype = DTYPES.get(options.dtype)
+    wish = wish_of(options) if options.format == "diffusers" else None
+    model, run = read_model(source, options)
     if options.format == "native":
-        native.save(model, out, dtype=dtype)
+        with appearing(out) as folder:
+            native.save(model, folder, dtype=dtype)
+    elif wish is not None:
+        release_model(model, out, wish=wish, source=run)
     elif isinstance(model, DiT):
-        if options.format == "sat-vae" or options.verify:
-            raise ConfigError(f"{options.source} is a transformer; expected an autoencoder")
-        hf.save_transformer(model, out, dtype=dtype)
-    elif options.format == "sat-vae":
-        sat.save_vae(model, out, dtype=dtype)
+        raise ConfigError(f"{source} is a transformer; expected an autoencoder")
     else:
-        hf.save_vae(model, out, dtype=dtype)
-        if options.verify:
-            print(verify(model.to(dtype), out))
-
-
-def write_pipeline(options: argparse.Namespace, out: Path, *, dtype: torch.dtype | None) -> None:
-    pipeline = open_pipeline(options.source, options.weights, device=torch.device("cpu"))
-    config = load_config(DiTRun, [Path(options.source) / "config.yaml"])
-    scale = config.diffusion.image.latent_scale
-    if config.model.transformer().image_channels and scale == "none":
-        raise ConfigError(
-            f"{options.source} was trained with diffusion.image.latent_scale none, which diffusers' pipelines cannot do; "
-            "convert --part transformer, or train with scale or inverse"
-        )
-    sampler = pipeline.sampler
-    hf.save_pipeline(
-        out, transformer=sampler.model, vae=sampler.vae, text=pipeline.text_folder, dtype=dtype, inverted=scale == "inverse",
-        scheduler=scheduler_config(sampler.schedule.config, config.validation.sampling.sampler),
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def verify(vae: VAE, folder: Path) -> str:
-    """How far ``vae`` and what diffusers' own class makes of its export differ for a small clip, both in float64.
-
-    Raises ValueError if that class misses or does not know a tensor, reads another scaling factor, or differs by more than
-    ``TOLERANCE``.
-    """
-    try:
-        from diffusers import AutoencoderKLCogVideoX
-    except ImportError:
-        raise ConfigError(
-            '--verify needs diffusers, which is not installed: pip install "cogvideo_dist[export]"'
-        ) from None
-    theirs, loading = AutoencoderKLCogVideoX.from_pretrained(
-        folder, torch_dtype=torch.float64, output_loading_info=True
-    )
-    if odd := [f"{kind} {names[0]}" for kind, names in loading.items() if names]:
-        raise ValueError(f"{folder}: diffusers finds {odd[0]} in the export")
-    if theirs.config.scaling_factor != vae.config.scaling_factor:
-        raise ValueError(f"{folder}: diffusers finds scaling_factor {theirs.config.scaling_factor}, not ours")
-    ours = vae.double()
-    size = (17, 2 * ours.config.spatial_compression, 3 * ours.config.spatial_compression)  # two chunks
-    shapes = {"clip": (3, *size), "latents": ours.config.latent_shape(size)}
-    drawn = {name: torch.randn(1, *shape, generator=fold(0, name)).double() for name, shape in shapes.items()}
-    mine, public = ours.encode(drawn["clip"], "chunked"), theirs.encode(drawn["clip"]).latent_dist
-    differences = {
-        "mean": relative(mine.mean, public.mean),
-        "logvar": relative(mine.logvar, public.logvar),
-        "decoded": relative(ours.decode(drawn["latents"], "chunked"), theirs.decode(drawn["latents"]).sample),
-    }
-    found = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
-    if not max(differences.values()) <= TOLERANCE:
-        raise ValueError(f"{folder}: diffusers computes something else than we do: {found} (at most {TOLERANCE:.0e})")
-    return f"largest difference to diffusers, of the largest value: {found}"
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
+        with replacing(out) as temporary:
+            sat.save_vae(model, temporary, dtype=dtype)
 
 
 if __name__ == "__main__":

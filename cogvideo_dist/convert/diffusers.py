@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,25 @@ from cogvideo_dist.parallel.mesh import Axis
 from cogvideo_dist.parallel.split import full_shape, own_slice, split_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+SHARD_SIZE = 5_000_000_000
+"""Bytes of tensors in a file; more are divided over several, as the public library does by itself."""
+
+PIPELINE = ("model_index.json", "transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+"""What a pipeline's folder holds."""
+
+
+class Storage(NamedTuple):
+    """How weights are written: in which dtype (None: each tensor in its own), in files of at most how many bytes."""
+
+    dtype: torch.dtype | None = None
+    shard_size: int = SHARD_SIZE
+
+
+class Elsewhere(NamedTuple):
+    """A text encoder and its tokenizer that are not copied: the hub's id or the folder where they are."""
+
+    source: str
 
 
 def load_transformer(
@@ -47,9 +66,13 @@ def load_transformer(
     return _filled(model, folder, dit_rows(config))
 
 
-def save_transformer(model: DiT, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write ``config.json`` and the weights under diffusers' names; ``dtype`` None keeps each tensor's own."""
-    _save(model, Path(folder), rows=dit_rows(model.config), fields=dit_config_to_diffusers(model.config), dtype=dtype)
+def save_transformer(model: DiT, folder: str | Path, *, storage: Storage | None = None) -> None:
+    """Write ``config.json`` and the weights under diffusers' names.
+
+    Raises ``ValueError`` naming a tensor with values that are not finite, or that its dtype cannot hold.
+    """
+    rows, fields = dit_rows(model.config), dit_config_to_diffusers(model.config)
+    _save(model, Path(folder), rows=rows, fields=fields, storage=storage or Storage())
 
 
 def load_vae(folder: str | Path) -> VAE:
@@ -64,37 +87,56 @@ def load_vae(folder: str | Path) -> VAE:
     return _filled(model, folder, vae_rows(config))
 
 
-def save_vae(model: VAE, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write ``config.json`` and the weights under diffusers' names."""
-    _save(model, Path(folder), rows=vae_rows(model.config), fields=config_to_diffusers(model.config), dtype=dtype)
+def save_vae(model: VAE, folder: str | Path, *, storage: Storage | None = None, inverted: bool = False) -> None:
+    """Like ``save_transformer``. ``inverted``: of a pipeline that divides an image's latent by the scaling factor."""
+    fields = config_to_diffusers(model.config) | {"invert_scale_latents": inverted}
+    _save(model, Path(folder), rows=vae_rows(model.config), fields=fields, storage=storage or Storage())
 
 
 def save_pipeline(
-    folder: str | Path, *, transformer: DiT, vae: VAE, scheduler: Mapping[str, Any], text: str | Path,
-    dtype: torch.dtype | None = None, inverted: bool = False,
+    folder: str | Path, *, transformer: DiT, vae: VAE, scheduler: Mapping[str, Any], text: str | Path | Elsewhere,
+    storage: Storage | None = None, inverted: bool = False,
 ) -> None:  # fmt: skip
     """A folder that ``CogVideoXPipeline.from_pretrained`` loads or, of an image-to-video model, that of
-    CogVideoXImageToVideoPipeline; T5 and its tokenizer are copied from the folder ``text``. ``inverted``: the image's latent is
-    divided by the VAE's factor.
+    CogVideoXImageToVideoPipeline. ``inverted``: the image's latent is divided by the VAE's factor.
+
+    T5 and its tokenizer are copied from the folder ``text``; where they are ``Elsewhere``, the index says that this folder has
+    none, so that the public library asks for both.
 
     ``scheduler``: what ``scheduler_config`` gives."""
-    folder = Path(folder)
-    save_transformer(transformer, folder / "transformer", dtype=dtype)
-    save_vae(vae, folder / "vae", dtype=dtype)
-    write_json(folder / "vae" / "config.json", config_to_diffusers(vae.config) | {"invert_scale_latents": inverted})
+    folder, here = Path(folder), not isinstance(text, Elsewhere)
+    save_transformer(transformer, folder / "transformer", storage=storage)
+    save_vae(vae, folder / "vae", storage=storage, inverted=inverted)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    for part in ("text_encoder", "tokenizer"):
-        shutil.copytree(Path(text) / part, folder / part, dirs_exist_ok=True)
     index = {
-        "_class_name": "CogVideoXImageToVideoPipeline" if transformer.config.image_channels else "CogVideoXPipeline",
+        "_class_name": pipeline_class(transformer),
         "_diffusers_version": scheduler["_diffusers_version"],
         "scheduler": ["diffusers", scheduler["_class_name"]],
-        "text_encoder": ["transformers", "T5EncoderModel"],
-        "tokenizer": ["transformers", "T5Tokenizer"],
+        "text_encoder": ["transformers", "T5EncoderModel"] if here else [None, None],
+        "tokenizer": ["transformers", "T5Tokenizer"] if here else [None, None],
         "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLCogVideoX"],
     }
+    if isinstance(text, Elsewhere):
+        index["_text_from"] = text.source
+    else:
+        for part in ("text_encoder", "tokenizer"):
+            shutil.copytree(Path(text) / part, folder / part, dirs_exist_ok=True)
     write_json(folder / "model_index.json", index)
+
+
+def written_tensors(model: DiT | VAE, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the public form by name, as ``save_transformer`` and ``save_vae`` write it."""
+    rows = dit_rows(model.config) if isinstance(model, DiT) else vae_rows(model.config)
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    for row in rows:
+        for part in row.diffusers:
+            yield part.name, _foreign(state, row, part, dtype)
+
+
+def pipeline_class(transformer: DiT) -> str:
+    """The public pipeline that samples with it."""
+    return "CogVideoXImageToVideoPipeline" if transformer.config.image_channels else "CogVideoXPipeline"
 
 
 def vae_rows(config: VAEConfig) -> list[Row]:
@@ -159,10 +201,51 @@ def _filled(model: nn.Module, folder: Path, rows: list[Row]) -> Any:
 
 
 def _save(
-    model: nn.Module, folder: Path, *, rows: list[Row], fields: Mapping[str, Any], dtype: torch.dtype | None
-) -> None:
+    model: nn.Module, folder: Path, *, rows: list[Row], fields: Mapping[str, Any], storage: Storage
+) -> None:  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f"{Path(WEIGHTS).stem}*"):  # or an index of another time would be read
+        old.unlink()
     write_json(folder / "config.json", fields)
-    state = {name: p.detach().to("cpu", dtype) for name, p in model.named_parameters()}
-    foreign = {name: tensor.contiguous() for name, tensor in to_foreign(state, rows, "diffusers").items()}
-    save_file(foreign, folder / WEIGHTS, metadata={"format": "pt"})
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    files = _divided(state, rows, storage)
+    names = [WEIGHTS]
+    if len(files) > 1:
+        stem = Path(WEIGHTS).stem
+        names = [f"{stem}-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    total, places = 0, {}
+    for name, parts in zip(names, files):
+        tensors = {part.name: _foreign(state, row, part, storage.dtype) for row, part in parts}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        places |= dict.fromkeys(tensors, name)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        write_json(folder / f"{WEIGHTS}.index.json", index)
+
+
+def _divided(state: Mapping[str, Tensor], rows: list[Row], storage: Storage) -> list[list[tuple[Row, Part]]]:
+    """The foreign tensors of each file, in the table's order; one that is larger than a file may be has its own."""
+    files: list[list[tuple[Row, Part]]] = [[]]
+    filled = 0
+    for row in rows:
+        ours = state[row.ours]
+        for part in row.diffusers:
+            size = ours.numel() // row.pieces * len(part.take) * (storage.dtype or ours.dtype).itemsize
+            if files[-1] and filled + size > storage.shard_size:
+                files.append([])
+                filled = 0
+            files[-1].append((row, part))
+            filled += size
+    return files
+
+
+def _foreign(state: Mapping[str, Tensor], row: Row, part: Part, dtype: torch.dtype | None) -> Tensor:
+    """One tensor as it is written."""
+    ours = state[row.ours].to("cpu")
+    foreign = to_foreign({row.ours: ours.to("cpu", dtype)}, [replace(row, diffusers=(part,))], "diffusers")[part.name]
+    if not foreign.isfinite().all():
+        kind = str(foreign.dtype).removeprefix("torch.")
+        reason = f"beyond what {kind} holds; write bf16 or fp32" if ours.isfinite().all() else "NaN or infinite"
+        raise ValueError(f"{part.name} has values that are {reason}")
+    return foreign.contiguous()

@@ -50,6 +50,62 @@ def test_sharded_weights_are_read(tmp_path: Path) -> None:
     same_files(tmp_path / "whole", tmp_path / "ours")
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_files_are_divided_by_size_as_the_public_library_divides_them(
+    dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    model = DiT(tiny("cogvideox-5b"))
+    draw_parameters(model, 0)
+    hf.save_transformer(model, tmp_path / "ours", storage=hf.Storage(dtype, 100_000))
+    theirs, loading = CogVideoXTransformer3DModel.from_pretrained(
+        tmp_path / "ours", torch_dtype=dtype, output_loading_info=True
+    )
+    assert not any(loading.values())
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    indices = []
+    for side in ("ours", "theirs"):  # of the order of tensors, and so of the number of files, each has its own idea
+        indices.append(json.loads((tmp_path / side / f"{hf.WEIGHTS}.index.json").read_text()))
+        names = sorted(set(indices[-1]["weight_map"].values()))
+        stem, count = Path(hf.WEIGHTS).stem, len(names)
+        assert names == [f"{stem}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)] and count > 1
+        assert sorted(path.name for path in (tmp_path / side).glob("*.safetensors")) == names
+    ours, public = indices
+    assert ours["weight_map"].keys() == public["weight_map"].keys()
+    size = (2 if dtype else 4) * sum(p.numel() for p in model.parameters())
+    assert ours["metadata"] == {"total_size": size}
+    for name in set(ours["weight_map"].values()):
+        assert sum(tensor.nbytes for tensor in load_file(tmp_path / "ours" / name).values()) <= 100_000
+    again = hf.load_transformer(tmp_path / "ours")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter.to(dtype))
+
+
+def test_a_tensor_larger_than_a_file_may_be_has_its_own(tmp_path: Path) -> None:
+    model = DiT(tiny("cogvideox-5b"))
+    draw_parameters(model, 0)
+    hf.save_transformer(model, tmp_path, storage=hf.Storage(shard_size=1))
+    index = json.loads((tmp_path / f"{hf.WEIGHTS}.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) == len(index)
+    hf.save_transformer(model, tmp_path)  # nothing of the other division is left to be read
+    assert [path.name for path in tmp_path.glob("diffusion*")] == [hf.WEIGHTS]
+    hf.load_transformer(tmp_path)
+
+
+@pytest.mark.parametrize(("value", "dtype", "message"), [
+    (1e5, torch.float16, "norm_final.bias has values that are beyond what float16 holds; write bf16 or fp32"),
+    (float("nan"), None, "norm_final.bias has values that are NaN or infinite"),
+])  # fmt: skip
+def test_values_that_a_release_must_not_have_are_named(
+    value: float, dtype: torch.dtype | None, message: str, tmp_path: Path
+) -> None:
+    model = DiT(tiny("cogvideox-5b"))
+    draw_parameters(model, 0)
+    with torch.no_grad():
+        model.head.norm_final.bias[0] = value
+    with pytest.raises(ValueError, match=message):
+        hf.save_transformer(model, tmp_path, storage=hf.Storage(dtype))
+
+
 def test_vae_round_trip_is_bitwise(tmp_path: Path) -> None:
     AutoencoderKLCogVideoX(**SMALL_VAE).save_pretrained(tmp_path / "theirs")
     hf.save_vae(hf.load_vae(tmp_path / "theirs"), tmp_path / "ours")
