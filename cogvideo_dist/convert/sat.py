@@ -4,21 +4,16 @@ Released: ``3d-vae.pt``, whose ``state_dict`` holds the VAE and its losses. Fine
 ``<iteration>/`` or, averaged, of ``<iteration>-ema/``; its ``module`` holds the VAE under ``first_stage_model.`` beside the
 transformer and the text encoder.
 
-These are pickles, the one format here that is: they are read by ``torch.load(weights_only=True)`` alone, which builds tensors
-and plain containers and refuses everything else.
+These are pickles; ``convert/pickles.py`` reads them, in a process of its own.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from pickle import UnpicklingError  # the name of the error alone
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +21,7 @@ from torch import Tensor
 
 from cogvideo_dist.convert.diffusers import vae_rows
 from cogvideo_dist.convert.names import Part, Row, from_foreign, to_foreign
+from cogvideo_dist.convert.pickles import Odd, TorchFile, open_file, read_tensors, weights_of
 from cogvideo_dist.convert.vae_config import config_from_diffusers, config_to_diffusers
 from cogvideo_dist.models.vae import VAE, VAEConfig
 
@@ -61,9 +57,11 @@ def load_vae(path: str | Path, config: VAEConfig | None = None, *, prefix: str |
     the tensor that is missing, unknown or of another shape.
     """
     path = Path(path)
-    content = _read(path)
-    tensors = _wrapped(content, path)
-    config = _configuration(content.get(CONFIG), config, path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a 3d-vae.pt or a mp_rank_00_model_states.pt of SAT")
+    file = open_file(path)
+    tensors = wrapped(file)
+    config = _configuration(file.content.get(CONFIG), config, path)
     prefixes = sorted({name.removesuffix(mark) for name in tensors for mark in MARKS if _ends(name, mark)})
     prefix = _chosen(prefixes, prefix, f"{path} ({_summary(tensors)})")
     nested = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
@@ -74,7 +72,7 @@ def load_vae(path: str | Path, config: VAEConfig | None = None, *, prefix: str |
     }
     left_out = Counter(_owner(name, prefix) for name in tensors if name not in kept)
     rows = [Row(row.ours, 1, row.diffusers, (Part(prefix + row.sat[0].name),)) for row in vae_rows(config)]
-    return SatVAE(_filled(config, _dense(kept, path), rows, path), prefix, dict(left_out))
+    return SatVAE(_filled(config, read_tensors(file, weights_of(kept, path)), rows, path), prefix, dict(left_out))
 
 
 def save_vae(vae: VAE, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -90,53 +88,12 @@ def save_vae(vae: VAE, path: str | Path, *, dtype: torch.dtype | None = None) ->
     torch.save({WRAPPERS[0]: wrapped, CONFIG: json.dumps(config_to_diffusers(vae.config))}, path)
 
 
-class _Foreign:
-    """Stands for what a pickle wants of numpy: the state of a random generator beside the weights. It is thrown away."""
-
-    NAMES = (
-        "numpy.core.multiarray._reconstruct",
-        "numpy._core.multiarray._reconstruct",
-        "numpy.ndarray",
-        "numpy.dtype",
-    )
-
-    def __init__(self, *arguments: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-def _read(path: Path) -> dict[Any, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a 3d-vae.pt or a mp_rank_00_model_states.pt of SAT")
-    try:
-        zipped = zipfile.is_zipfile(path)
-        if zipped and (damaged := zipfile.ZipFile(path).testzip()):  # torch does not look at checksums
-            raise ValueError(f"{damaged} differs from its checksum")
-        # A fine-tuned file also holds the transformer and the text encoder: mapped, they never come into memory.
-        with torch.serialization.safe_globals([(_Foreign, name) for name in _Foreign.NAMES]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is refused anyway
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # the bytes of a damaged file may mislead its reader in any way
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, UnpicklingError) else None
-        if asked:
-            raise ValueError(
-                f"{path}: refused, as it holds more than tensors: {asked[1]}, of which nothing was run; save its tensors alone"
-            ) from None
-        reason = type(error).__name__ if isinstance(error, UnpicklingError) else f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"{path}: damaged, or no file of torch ({' '.join(reason.split()).partition('. ')[0]}); get it again"
-        ) from None
+def wrapped(file: TorchFile) -> dict[str, Any]:
+    """What a file has in its wrapper, by name."""
+    content, path = file.content, file.path
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{path}: holds a {type(content).__name__}, expected a dictionary with {' or '.join(WRAPPERS)}"
-        )
-    return content
-
-
-def _wrapped(content: Mapping[Any, Any], path: Path) -> dict[str, Any]:
-    """What the file has in its wrapper, by name."""
+        kind = content.name if isinstance(content, Odd) else type(content).__name__
+        raise ValueError(f"{path}: holds a {kind}, expected a dictionary with {' or '.join(WRAPPERS)}")
     found = [content[name] for name in WRAPPERS if isinstance(content.get(name), dict)]
     if len(found) != 1:
         raise ValueError(
@@ -205,13 +162,6 @@ def _summary(tensors: Mapping[str, Any]) -> str:
     """How many tensors there are under each first part of a name."""
     counts = Counter(map(_first, tensors))
     return ", ".join(f"{count} under {name}.*" for name, count in counts.most_common(5)) or "empty"
-
-
-def _dense(tensors: Mapping[str, Any], path: Path) -> Mapping[str, Tensor]:
-    for name, tensor in tensors.items():
-        if not (isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.is_floating_point()):
-            raise ValueError(f"{path}: {name} is no dense tensor of real numbers; save its values as such a tensor")
-    return tensors
 
 
 def _filled(config: VAEConfig, tensors: Mapping[str, Tensor], rows: list[Row], path: Path) -> VAE:
