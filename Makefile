@@ -25,10 +25,10 @@ demo-finetune: setup
 	$(BIN)/python launch/demo_finetune.py --demo $(RUNS)
 
 test: setup
-	$(BIN)/python -m pytest tests -q -m "not long"
+	$(BIN)/python -m pytest tests -q -n 2 --dist loadfile -m "not long"
 
 test-long: setup
-	$(BIN)/python -m pytest tests -q
+	$(BIN)/python -m pytest tests -q -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

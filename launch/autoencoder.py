@@ -27,6 +27,10 @@ FIELDS = {
 """What a configuration's ``model`` section says and what the model calls it."""
 
 
+KINDS = {"raw": "weights", "ema": "ema"}
+"""Weights as commands name them -> the kind of state that holds them."""
+
+
 def vae_config(model: VAEModel) -> VAEConfig:
     return VAEConfig(**{theirs: getattr(model, ours) for ours, theirs in FIELDS.items()})
 
@@ -61,7 +65,8 @@ def trained_vae(path: Path, weights: str | None) -> tuple[VAE, int]:
         raise ConfigError(f"{path} is not a run of launch/train_vae.py")
     config = load_config(VAERun, [path / "config.yaml"])
     model = VAE(vae_config(config.model))
-    return model, fill(model, _newest(path), weights=weights or kept_weights(config.train))
+    weights = weights or kept_weights(config.train)
+    return model, fill(model, newest_checkpoint(path, weights), weights=weights)
 
 
 def build_judges(config: VAELoss, *, seed: int, device: torch.device) -> Judges:
@@ -90,7 +95,7 @@ def load_perceptual(source: str, net: str) -> Perceptual:
 
 def fill_critic(critic: Critic, run: Path) -> None:
     """The weights of a run's critic."""
-    stored = Stored.open(_newest(run))
+    stored = Stored.open(newest_checkpoint(run))
     if "weights" not in stored.kinds("critic"):
         raise ConfigError(f"loss.critic.weights: {stored.path} holds no critic; it was trained without one")
     _take(critic, stored, kind="weights", name="critic")
@@ -117,7 +122,7 @@ def _take(model: nn.Module, stored: Stored, *, kind: str, name: str = "") -> Non
 
 def weights_kind(stored: Stored, weights: str) -> str:
     """Under which kind a checkpoint has its averaged ("ema") or last ("raw") weights."""
-    kind = "weights" if weights == "raw" else "ema"
+    kind = KINDS[weights]
     if kind not in stored.kinds():
         raise ConfigError(
             f"{stored.path} keeps no averaged weights (train.ema_decay is off); take the last ones (--weights raw, or "
@@ -126,8 +131,10 @@ def weights_kind(stored: Stored, weights: str) -> str:
     return kind
 
 
-def _newest(run: Path) -> Path:
-    checkpoint, _ = newest(run / "ckpt")
+def newest_checkpoint(run: Path, weights: str | None = None) -> Path:
+    """A run's newest whole one; whole as far as its averaged ("ema") or last ("raw") weights go, if these are all that is
+    wanted."""
+    checkpoint, _ = newest(run / "ckpt", kinds=[KINDS[weights]] if weights else None)
     if checkpoint is None:
         raise ConfigError(f"{run} has no checkpoint yet")
     return checkpoint

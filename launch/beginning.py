@@ -26,7 +26,7 @@ from cogvideo_dist.models.lora import adapt, is_adapter, merge
 from cogvideo_dist.models.presets import DiTConfig
 from cogvideo_dist.parallel.mesh import Axis, ParallelMesh
 from cogvideo_dist.parallel.ops import broadcast_object
-from launch.autoencoder import fill, weights_kind
+from launch.autoencoder import KINDS, fill, newest_checkpoint, weights_kind
 
 Result = TypeVar("Result")
 
@@ -166,7 +166,7 @@ def chosen(config: DiTRun, init: Init) -> Lineage:
     run = Path(init.from_)
     if not (run / "config.yaml").exists():
         raise ConfigError(f"init.from {run} is no run (it has no config.yaml)")
-    path, _ = newest(run / "ckpt")
+    path, _ = newest(run / "ckpt", kinds=[KINDS[init.weights]])
     if path is None:
         raise ConfigError(f"init.from {run} has no checkpoint yet")
     stored = Stored.open(path)
@@ -195,7 +195,7 @@ def trained_transformer(
     run: Path, config: DiTRun, *, weights: str, tp: Axis | None = None, pinned: Ancestor | None = None
 ) -> tuple[DiT, int]:
     """The transformer of a run's newest whole checkpoint, or of the ``pinned`` one, with adapters merged; and its step."""
-    checkpoint = _pinned(run, pinned) if pinned else newest_checkpoint(run)
+    checkpoint = _pinned(run, pinned) if pinned else newest_checkpoint(run, weights)
     if config.lora is None:
         model = blank(config, tp=tp)
     else:
@@ -215,14 +215,6 @@ def _check_base(config: DiTRun, lineage: Lineage, checkpoint: Path) -> None:
     if Stored.open(checkpoint).saved.about.get("base") != found:
         where = config.init.from_ if config.init else config.model.weights
         raise CheckpointError(f"{checkpoint} has adapters that were trained on other weights than {where} holds now")
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """A run's newest whole one."""
-    checkpoint, _ = newest(run / "ckpt")
-    if checkpoint is None:
-        raise ConfigError(f"{run} has no checkpoint yet")
-    return checkpoint
 
 
 def _pinned(run: Path, ancestor: Ancestor) -> Path:

@@ -86,5 +86,5 @@ class State:
     def owned(self) -> Mapping[str, Piece]:
         return self.engine.owned()
 
-    def copy(self, kind: str, into: Tensor) -> None:
-        self.engine.copy(kind, into)
+    def copy(self, into: Mapping[str, Tensor]) -> None:
+        self.engine.copy(into)

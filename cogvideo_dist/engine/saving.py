@@ -58,8 +58,8 @@ class Source(Protocol):
         """What this rank writes of them: every element is written by one rank."""
         ...
 
-    def copy(self, kind: str, into: Tensor) -> None:
-        """What this rank owns of one kind, one tensor behind the other, float32 on the host."""
+    def copy(self, into: Mapping[str, Tensor]) -> None:
+        """What this rank owns of every kind, one tensor behind the other, float32 on the host."""
         ...
 
 
@@ -212,16 +212,16 @@ class Saver:
     def _snapshot(self, source: Source) -> list[tuple[str, str, Mapping[str, int], Tensor]]:
         """(model, kind, elements by tensor, values) of what this rank owns of a model, on the host."""
         counts = {name: piece.count for name, piece in source.owned().items() if piece.count}
-        jobs: list[tuple[str, str, Mapping[str, int], Tensor]] = []
+        buffers = {}
         for kind in source.kinds() if counts else ():
             key = f"{source.model_name}.{kind}"
             if key not in self.host:
                 self.host[key] = torch.empty(sum(counts.values()), pin_memory=torch.cuda.is_available())
-            source.copy(kind, self.host[key])
-            jobs.append((source.model_name, kind, counts, self.host[key]))
+            buffers[kind] = self.host[key]
+        source.copy(buffers)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return jobs
+        return [(source.model_name, kind, counts, values) for kind, values in buffers.items()]
 
     def _write(
         self, aside: Path, jobs: Sequence[tuple[str, str, Mapping[str, int], Tensor]], pieces: Mapping[str, Any]

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from cogvideo_dist.engine.checkpoint import checkpoints
 from cogvideo_dist.engine.manifest import NAME
 
 Result = TypeVar("Result")
@@ -37,6 +38,8 @@ class Uploader:
         self.fs, self.root = fsspec.core.url_to_fs(url)
         self.waiting: set[str] = set()
         self.queue: SimpleQueue[Path | None] = SimpleQueue()
+        for earlier in checkpoints(folder):
+            self.add(earlier)
         self.thread = Thread(target=self._work, name="upload", daemon=True)
         self.thread.start()
 

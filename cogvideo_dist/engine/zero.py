@@ -224,16 +224,16 @@ class Engine:
             found[name] = piece
         return found
 
-    def copy(self, kind: str, into: Tensor) -> None:
-        """What this rank owns of one kind of state, parameter after parameter, to ``into`` on the host, float32."""
+    def copy(self, into: Mapping[str, Tensor]) -> None:
+        """What this rank owns of each kind of state, parameter after parameter, to the host's memory ``into[kind]``."""
         place, held = 0, self.held()
-        with self._reachable() if kind != "weights" else nullcontext():
+        with self._reachable() if into.keys() - {"weights"} else nullcontext():
             for name, piece in self.owned().items():
-                if piece.count:
+                first, target = piece.start - held[name].start, slice(place, place + piece.count)
+                for kind, values in into.items() if piece.count else ():
                     own = self._fragment(self.names[name], kind)
-                    first = piece.start - held[name].start
-                    into[place : place + piece.count].copy_(own[first : first + piece.count], non_blocking=True)
-                    place += piece.count
+                    values[target].copy_(own[first : first + piece.count], non_blocking=True)
+                place += piece.count
 
     def restore(self, read: Callable[[str, str, Piece], Tensor], *, kinds: Sequence[str], step: int) -> None:
         """Set the master weights, the working copy and, of ``kinds``, the optimizer states, as they were after ``step``

@@ -170,6 +170,7 @@ def test_killed_at_any_instant_a_run_goes_on_with_other_ranks_and_workers(
     assert len(found) >= kills, "every life made a step"
 
 
+@pytest.mark.long
 def test_a_late_step_is_planned_from_a_note(folder: str, tmp_path: Path) -> None:
     """The notes of one process serve another; without them, and with damaged ones, the plan is the same."""
     data = Wanted(folder).data()

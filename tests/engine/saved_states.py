@@ -37,8 +37,9 @@ class Tensors:
     def owned(self) -> Mapping[str, Piece]:
         return {name: Piece(0, 1, 0, cut.count) for name, cut in self.cuts().items()}
 
-    def copy(self, kind: str, into: Tensor) -> None:
-        into.copy_(torch.cat([tensor.flatten() for tensor in self.state[kind].values()]))
+    def copy(self, into: Mapping[str, Tensor]) -> None:
+        for kind, values in into.items():
+            values.copy_(torch.cat([tensor.flatten() for tensor in self.state[kind].values()]))
 
 
 def model() -> nn.Module:

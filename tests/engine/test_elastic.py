@@ -1,4 +1,4 @@
-"""A checkpoint of any layout and ZeRO stage is loaded by any other: the same state to the bit, and the same run from there on."""
+"""A checkpoint of any layout and ZeRO stage is loaded by any other: the same state to the bit, and the same run after it."""
 
 from __future__ import annotations
 

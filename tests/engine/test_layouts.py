@@ -24,11 +24,18 @@ from tests.ranks import run_ranks
 STEPS, PACKS = 3, 4
 LAYOUT = PackLayout((Clip(5, (3, 3, 4)), Clip(6, (1, 2, 2)), Clip(0, (1, 1, 1))))
 MIXED = (
-    Layout(ring=4), Layout(ulysses=2, ring=2), Layout(dp=2, ulysses=2), Layout(ulysses=2, tp=2), Layout(ring=2, tp=2),
+    Layout(ulysses=2, ring=2), Layout(ulysses=2, tp=2), Layout(ring=2, tp=2),
 )  # fmt: skip
 PLAIN = [
     pytest.param(layout, marks=pytest.mark.long)
-    for layout in (Layout(dp=2, tp=2), Layout(tp=4), Layout(ulysses=4), Layout(dp=2, ring=2))
+    for layout in (
+        Layout(dp=2, tp=2),
+        Layout(tp=4),
+        Layout(ulysses=4),
+        Layout(dp=2, ring=2),
+        Layout(ring=4),
+        Layout(dp=2, ulysses=2),
+    )
 ]
 Result = dict[str, Any]
 
@@ -112,7 +119,7 @@ def test_weights_after_three_steps_are_those_of_one_process(single: Result, layo
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(Layout(ulysses=2, tp=2), marks=pytest.mark.long), Layout(ring=2, tp=2)],
+    [pytest.param(layout, marks=pytest.mark.long) for layout in (Layout(ulysses=2, tp=2), Layout(ring=2, tp=2))],
     ids=lambda layout: layout.name,
 )
 def test_half_precision_under_a_layout_is_near_and_does_not_drift(layout: Layout) -> None:

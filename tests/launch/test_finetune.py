@@ -109,7 +109,8 @@ def assert_base_stays(mesh: Any, world: World, base: Path, run: Path) -> None:
         assert torch.equal(model.get_parameter(name), value) != is_adapter(name) or name.endswith(".b"), name
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [2, 3])
 def test_adapters_go_on_bit_by_bit_and_under_other_ranks_and_layouts(
     world: World, released: Path, tmp_path: Path, stage: int
 ) -> None:

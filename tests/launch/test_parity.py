@@ -167,6 +167,7 @@ def test_ranks_that_crash_or_hang_end_their_world(tmp_path: Path, work: Callable
     assert "1 of 1 layouts are wrong: tp2" in table([verdict])
 
 
+@pytest.mark.long
 def test_one_process_that_fails_leaves_nothing_to_compare_with(folder: Path) -> None:
     done = parity(folder, "--ranks", "2", "--timeout", "0.05")
     assert done.returncode == 1

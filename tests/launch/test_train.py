@@ -50,7 +50,7 @@ def assert_bitwise(run: Path, expected: Path) -> None:
         assert all(torch.equal(ours[kind][key], tensor) for key, tensor in tensors.items()), kind
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.long)])
 def test_every_launcher_computes_the_run(world: World, whole: Path, launcher: str) -> None:
     run = world.root / launcher
     code, _, stderr = finish(start(launcher, [str(world.file), *world.overrides(run, "data.workers=1")]))
@@ -66,6 +66,7 @@ def test_every_zero_stage_on_any_ranks_computes_the_run(world: World, whole: Pat
     assert_same_losses(run, whole)
 
 
+@pytest.mark.long
 def test_an_interrupted_and_a_killed_run_continue_bitwise(world: World, whole: Path) -> None:
     """The same command three times: ended by Ctrl-C, by SIGKILL, and by itself."""
     seed = random.SystemRandom().randrange(1000)
@@ -121,7 +122,7 @@ def killed(mesh: ParallelMesh, file: Path, overrides: list[str], step: int) -> N
     train(mesh, file, overrides)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_a_killed_run_of_two_ranks_continues_bitwise(world: World, stage: int) -> None:
     straight, broken = (world.root / f"{name}-{stage}" for name in ("straight", "broken"))
     changes = (f"train.zero_stage={stage}", "checkpoint.every=3")

@@ -69,7 +69,14 @@ def compare(mesh: ParallelMesh, clips: tuple[int, ...]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "clips"), [(2, (9, 13, 17, 21, 29, 33, 49)), (3, (17, 29, 33, 49)), (4, (25, 29, 33, 49))]
+    ("ranks", "clips"),
+    [
+        (2, (9, 13, 17, 21)),
+        (3, (17, 29, 33)),
+        pytest.param(2, (29, 33, 49), marks=pytest.mark.long),
+        pytest.param(3, (49,), marks=pytest.mark.long),
+        (4, (25, 29, 33, 49)),
+    ],
 )
 def test_a_clip_split_in_time_is_the_whole_clip(ranks: int, clips: tuple[int, ...]) -> None:
     for found in run_ranks(compare, ranks, clips):
