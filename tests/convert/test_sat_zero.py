@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.convert.sat_dit import load_dit
-from cogvideo_dist.parallel.mesh import ParallelMesh
+from cogvideo_dist.engine.zero import Groups
+from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, build_mesh
 from tests.convert import sat_writer
 from tests.convert.sat_writer import PREFIX, Sizes, sizes_of, to_diffusers
 from tests.convert.test_sat_dit import config_of, public, same
@@ -64,14 +65,18 @@ def trained_of(state: dict[str, Tensor], lora: bool) -> tuple[str, ...]:
     return tuple(name for name in names if not lora or ".matrix_" in name)
 
 
-def train_and_save(mesh: ParallelMesh, folder: str, stage: int, precision: str, lora: bool) -> dict[str, Tensor]:
-    """Two steps of AdamW with weight decay on some parameters, and DeepSpeed's own checkpoint; the masters, by DeepSpeed's own
-    word for them."""
+def train_and_save(
+    mesh: ParallelMesh, folder: str, stage: int, precision: str, lora: bool, tp: int = 1
+) -> dict[str, Tensor]:
+    """Two steps of AdamW with weight decay on some parameters, and DeepSpeed's own checkpoint; the masters of this rank's
+    parameters, by DeepSpeed's own word for them."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
+    mesh = build_mesh(Layout(dp=mesh.world.size // tp, tp=tp), rank=mesh.world.rank)
     state = state_of(sizes_of("2b"), lora)
-    model = Tree(state, trained_of(state, lora))
+    own = {name: sat_writer.part_of(name, whole, mesh.tp.rank, tp) for name, whole in state.items()}
+    model = Tree(own, trained_of(state, lora))
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in named if p.ndim > 1], "weight_decay": 0.1},
@@ -80,6 +85,7 @@ def train_and_save(mesh: ParallelMesh, folder: str, stage: int, precision: str, 
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.AdamW([group for group in groups if group["params"]], lr=0.01),
+        mpu=Groups(mesh) if tp > 1 else None,
         config={
             "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False, "bf16": {"enabled": precision == "bf16"},
@@ -90,7 +96,7 @@ def train_and_save(mesh: ParallelMesh, folder: str, stage: int, precision: str, 
         },
     )  # fmt: skip
     for _ in range(2):
-        engine.backward(engine() * (1 + mesh.world.rank))
+        engine.backward(engine() * (1 + mesh.replica.rank))
         engine.step()
     engine.save_checkpoint(folder, tag="1000")
     masters = {name: safe_get_full_fp32_param(p) for name, p in model.named_parameters() if p.requires_grad}
@@ -140,6 +146,14 @@ def test_masters_are_put_together(stage: int, world: int, precision: str, lora: 
     else:
         weight = base["transformer.layers.1.attention.query_key_value.original.weight"]
         assert torch.equal(found.model.blocks[1].qkv.weight, weight)
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(1, marks=pytest.mark.long)])
+def test_masters_of_several_model_parallel_ranks_are_put_together(stage: int, tmp_path: Path) -> None:
+    ranks = run_ranks(train_and_save, 4, str(tmp_path), stage, "bf16", False, 2)  # row-major over (dp, tp)
+    masters = {name: sat_writer.whole_of(name, [ranks[0][name], ranks[1][name]]) for name in ranks[0]}
+    found = load_dit(tmp_path, config=config_of("2b"))
+    same(public(found.model, tmp_path / "public"), to_diffusers(expected_of(masters, False, torch.bfloat16)))
 
 
 @pytest.fixture(scope="module")
