@@ -1,4 +1,4 @@
-"""Convert between our weights and the public formats: python launch/convert.py {diffusers,lora,native,sat-vae} SOURCE OUT
+"""Convert between our weights and the public formats: python launch/convert.py {diffusers,lora,native,sat,sat-vae} SOURCE OUT
 
 ``sat-config`` translates SAT's configuration files instead.
 """
@@ -20,6 +20,7 @@ from cogvideo_dist.convert.vae_config import config_from_diffusers
 from cogvideo_dist.evaluation.media import replacing
 from cogvideo_dist.models.dit import DiT
 from cogvideo_dist.models.vae import VAE, VAEConfig
+from launch import convert_sat
 from launch.autoencoder import is_vae_run, trained_vae
 from launch.beginning import trained_transformer
 from launch.environment import run_command
@@ -43,6 +44,8 @@ examples:
   python launch/convert.py sat-vae runs/demo/vae my-vae/3d-vae.pt             # a run -> the VAE's file of SAT
   python launch/convert.py sat-vae CogVideoX-5b/vae 3d-vae.pt                 # diffusers -> the VAE's file of SAT
   python launch/convert.py diffusers 3d-vae.pt my-vae --scaling-factor 0.7    # the VAE's file of SAT -> diffusers
+  python launch/convert.py sat runs/demo/dit for-sat/transformer              # a run -> a folder of SAT
+  python launch/convert.py diffusers CogVideoX-5b-sat/transformer transformer # SAT's transformer -> diffusers
   python launch/convert.py native mp_rank_00_model_states.pt ours --scaling-factor 0.7 # its VAE -> ours
   python launch/convert.py sat-config cogvideox_5b.yaml sft.yaml --out my.yaml # SAT's configuration -> ours"""
 
@@ -54,7 +57,7 @@ def arguments() -> argparse.Namespace:
     )  # fmt: skip
     formats = parser.add_subparsers(dest="format", required=True)
     to_public = formats.add_parser(
-        "diffusers", help="a run -> a diffusers pipeline folder; one of a VAE, or a file of SAT -> a vae folder",
+        "diffusers", help="a run -> a diffusers pipeline folder; one of a VAE, or what SAT wrote -> its folder",
         epilog="example: python launch/convert.py diffusers runs/demo/dit runs/demo/pipeline --dtype bf16",
     )  # fmt: skip
     add_pipeline(to_public)
@@ -76,6 +79,9 @@ def arguments() -> argparse.Namespace:
     )  # fmt: skip
     for command in (to_public, to_ours, to_sat):
         add_source(command)
+    for command in (to_public, to_ours):
+        convert_sat.add_source_options(command)
+    convert_sat.add_commands(formats)
     for command in (to_public, lora, to_ours, to_sat):
         add_output(command)
     for command in (to_public, lora):
@@ -129,8 +135,8 @@ def add_output(command: argparse.ArgumentParser) -> None:
 
 def add_source(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "source", help="a run, a folder of diffusers or of native, or a file of SAT with a VAE (3d-vae.pt, or a fine-tuned "
-        "model's mp_rank_00_model_states.pt), of which no code is run",
+        "source", help="a run, a folder of diffusers or of native, a folder of SAT with a transformer, or a file of SAT with a "
+        "VAE (3d-vae.pt, or a fine-tuned model's mp_rank_00_model_states.pt); no code of SAT's files is run",
     )  # fmt: skip
     shape = command.add_mutually_exclusive_group()
     shape.add_argument(
@@ -139,7 +145,8 @@ def add_source(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     shape.add_argument("--vae-config", metavar="FILE", help="diffusers' config.json for a file of SAT of another shape")
     command.add_argument(
-        "--prefix", help="of the VAE's names in a file of SAT, such as first_stage_model.; needed if it holds several"
+        "--prefix",
+        help="of the names in a file or folder of SAT, such as first_stage_model.; needed if it holds several",
     )
 
 
@@ -151,6 +158,9 @@ def main() -> None:
     source, out = Path(options.source), Path(options.out)
     if not source.exists():
         raise ConfigError(f"{source}: no such folder or file")
+    if options.format == "sat":
+        convert_sat.run(options)
+        return
     if options.format == "lora":
         release_lora(source, out, wish=wish_of(options, modules=("diffusers", "peft")), base=options.base)
     elif options.format == "diffusers" and is_pipeline(source) and options.part == "pipeline":
@@ -191,9 +201,12 @@ def read_model(source: Path, options: argparse.Namespace) -> tuple[DiT | VAE, So
     """Of whatever kind the source is, and the run that it is, if it is one."""
     if source.is_file():
         return read_sat(source, options), None
-    if not (options.scaling_factor is None and options.vae_config is None and options.prefix is None):
+    if convert_sat.is_sat(source) and options.format != "sat-vae":
+        return read_sat_transformer(source, options), None
+    given = (options.scaling_factor, options.vae_config, options.prefix, getattr(options, "preset", None))
+    if any(each is not None for each in given):
         raise ConfigError(
-            f"{source} has a configuration; --scaling-factor, --vae-config and --prefix are for a file of SAT alone"
+            f"{source} has a configuration; --scaling-factor, --vae-config, --preset and --prefix are for a file of SAT alone"
         )
     if is_transformer_run(source):
         if options.format == "sat-vae":
@@ -205,6 +218,16 @@ def read_model(source: Path, options: argparse.Namespace) -> tuple[DiT | VAE, So
         vae, step = trained_vae(source, options.weights)
         return vae, Source(source, load_config(VAERun, [source / "config.yaml"]), step, options.weights)
     return (native.load(source) if (source / native.FIELDS).exists() else read_public(source)), None
+
+
+def read_sat_transformer(source: Path, options: argparse.Namespace) -> DiT:
+    if options.scaling_factor is not None or options.vae_config is not None:
+        raise ConfigError(
+            f"{source} holds a transformer; --scaling-factor and --vae-config are for the VAE's file of SAT"
+        )
+    return convert_sat.read_sat_transformer(
+        source, preset=options.preset, prefix=options.prefix, alpha=options.lora_alpha, average=options.average_replicas
+    )
 
 
 def read_sat(source: Path, options: argparse.Namespace) -> VAE:

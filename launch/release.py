@@ -107,7 +107,7 @@ def release_pipeline(source: Path, out: Path, *, wish: Wish) -> None:
             gc.collect()
             theirs = public.pipeline(folder, parts)
             verified = said(proof.compare(ours, theirs))
-            proof.write_sheet(folder / SHEET, ours, theirs)
+            proof.write_sheet(folder / SHEET, ours=ours, theirs=theirs)
         sheet = SHEET if wish.verify else None
         write_card(folder, Card("pipeline", out.name, facts, verified, use, notes, sheet))
 
@@ -133,11 +133,11 @@ def verify(model: DiT | VAE, folder: Path) -> str:
     Raises ValueError if that class misses or does not know a tensor, or computes something else.
     """
     if isinstance(model, VAE):
-        theirs = proof.load_public("AutoencoderKLCogVideoX", folder, proof.digests(model, None))
+        theirs = proof.load_public("AutoencoderKLCogVideoX", folder, wanted=proof.digests(model, None))
         return proof.compare(proof.own_coding(model), proof.public_coding(theirs, model.config))
     wanted = proof.digests(model, None)
     ours, config = proof.own_forward(model), model.config
-    return proof.compare(ours, proof.public_forward(proof.public_transformer(folder, config, wanted), config))
+    return proof.compare(ours, proof.public_forward(proof.public_transformer(folder, config, wanted=wanted), config))
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ class Public:
 
     def pipeline(self, folder: Path, parts: dict[str, Any]) -> proof.Evidence:
         """What the folder's pipeline computes; ``parts``: a text encoder that it does not hold."""
-        transformer = proof.public_transformer(folder / "transformer", self.model, self.weights)
-        vae = proof.load_public("AutoencoderKLCogVideoX", folder / "vae", self.vae_weights)
+        transformer = proof.public_transformer(folder / "transformer", self.model, wanted=self.weights)
+        vae = proof.load_public("AutoencoderKLCogVideoX", folder / "vae", wanted=self.vae_weights)
         pipeline = proof.public_pipeline(folder, kind=self.kind, transformer=transformer, vae=vae, text=parts)
         text = proof.public_text(pipeline, length=self.model.text_length)
         found = {"text": text} | proof.public_sample(pipeline, self.sample, text=text, config=self.model)

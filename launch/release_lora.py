@@ -115,9 +115,9 @@ def prove(model: DiT, config: DiTRun, *, folder: Path, wish: Wish) -> str:
         shape = base.config
         del base
         gc.collect()
-        transformer = proof.public_transformer(Path(temporary) / "transformer", shape, wanted)
-        pipeline = public_pipeline(sample, transformer, Path(temporary))
-        give_adapters(pipeline, folder, public_tensors(model, dtype))
+        transformer = proof.public_transformer(Path(temporary) / "transformer", shape, wanted=wanted)
+        pipeline = public_pipeline(sample, transformer, folder=Path(temporary))
+        give_adapters(pipeline, folder, wanted=public_tensors(model, dtype))
         return proof.compare(ours, sample.theirs(pipeline) | proof.public_forward(transformer, shape))
 
 
@@ -158,7 +158,7 @@ class Trial:
         return proof.public_sample(pipeline, self.sample, text=self.sample.text(shape), config=shape, decode=False)
 
 
-def public_pipeline(trial: Trial, transformer: Any, folder: Path) -> Any:
+def public_pipeline(trial: Trial, transformer: Any, *, folder: Path) -> Any:
     """The public pipeline around ``transformer``, without a text encoder."""
     import diffusers
 
@@ -166,12 +166,12 @@ def public_pipeline(trial: Trial, transformer: Any, folder: Path) -> Any:
     image = trial.config.model.transformer().image_channels
     return getattr(diffusers, "CogVideoXImageToVideoPipeline" if image else "CogVideoXPipeline")(
         tokenizer=None, text_encoder=None, transformer=transformer,
-        vae=proof.load_public("AutoencoderKLCogVideoX", folder / "vae", {}) if image else None,
+        vae=proof.load_public("AutoencoderKLCogVideoX", folder / "vae", wanted={}) if image else None,
         scheduler=getattr(diffusers, scheduler["_class_name"]).from_config(scheduler),
     )  # fmt: skip
 
 
-def give_adapters(pipeline: Any, folder: Path, wanted: Mapping[str, Tensor]) -> None:
+def give_adapters(pipeline: Any, folder: Path, *, wanted: Mapping[str, Tensor]) -> None:
     """Load the release into a public pipeline; ValueError if anything else than ``wanted`` arrives."""
     from peft import get_peft_model_state_dict
 

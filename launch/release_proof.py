@@ -94,10 +94,10 @@ def digests(model: DiT | VAE, dtype: torch.dtype | None) -> Digests:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def load_public(kind: str, folder: Path, wanted: Digests) -> Any:
+def load_public(kind: str, folder: Path, *, wanted: Digests) -> Any:
     """A model of diffusers' class ``kind`` in float32. Raises ValueError if it misses a tensor, does not know one, or has other
     numbers in one than ``wanted``."""
     import diffusers
@@ -221,9 +221,9 @@ def public_forward(theirs: Any, config: DiTConfig) -> Evidence:
     return {"forward": output.sample}
 
 
-def public_transformer(folder: Path, config: DiTConfig, wanted: Digests) -> Any:
+def public_transformer(folder: Path, config: DiTConfig, *, wanted: Digests) -> Any:
     """The public transformer of a folder, with a small base."""
-    return public_small(load_public("CogVideoXTransformer3DModel", folder, wanted), config)
+    return public_small(load_public("CogVideoXTransformer3DModel", folder, wanted=wanted), config)
 
 
 # ---- The autoencoder.
@@ -355,7 +355,7 @@ def public_text(pipeline: Any, *, length: int) -> Tensor:
     return features[0].detach()
 
 
-def write_sheet(path: Path, ours: Evidence, theirs: Evidence) -> None:
+def write_sheet(path: Path, *, ours: Evidence, theirs: Evidence) -> None:
     """Frames of both samples, one above the other."""
     rows = [(name, to_uint8(found["video"].transpose(0, 1) * 2 - 1)) for name, found in
             (("cogvideo_dist", ours), ("diffusers", theirs))]  # fmt: skip

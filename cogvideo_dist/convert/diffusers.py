@@ -213,7 +213,7 @@ def _save(
     if len(files) > 1:
         stem = Path(WEIGHTS).stem
         names = [f"{stem}-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
-    total, places = 0, {}
+    total, places = 0, dict[str, str]()
     for name, parts in zip(names, files):
         tensors = {part.name: _foreign(state, row, part, storage.dtype) for row, part in parts}
         save_file(tensors, folder / name, metadata={"format": "pt"})

@@ -139,7 +139,7 @@ def load_lora(model: DiT, path: Path) -> dict[str, Adapter]:
     known = {module.name for owners in groups.values() for members in owners.values() for module in members}
     if unknown := sorted(factors.keys() - known):
         raise ValueError(f"{path}: {unknown[0]} is no linear of this transformer")
-    adapters, state = {}, {}
+    adapters, state = dict[str, Adapter](), dict[str, Tensor]()
     for target, owners in groups.items():
         adapters[target], own = _joined(owners, factors, str(path))
         state |= own

@@ -69,7 +69,7 @@ def public_base(model: DiT, folder: Path) -> Any:
     plain = DiT(model.config)
     plain.load_state_dict({name: p for name, p in model.state_dict().items() if not is_adapter(name)})
     hf.save_transformer(plain, folder)
-    return proof.public_transformer(folder, model.config, {})
+    return proof.public_transformer(folder, model.config, wanted={})
 
 
 def pipeline_of(transformer: Any) -> CogVideoXPipeline:
@@ -147,7 +147,7 @@ def test_a_file_of_the_public_library_means_the_same_here(
     layers = {name: tensor * 3 for name, tensor in get_peft_model_state_dict(theirs, adapter_name="default").items()}
     about = _collate_lora_metadata({"transformer": theirs}) if with_metadata else {}
     CogVideoXPipeline.save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers, **about)
-    fresh = proof.public_transformer(tmp_path / "base", model.config, {})
+    fresh = proof.public_transformer(tmp_path / "base", model.config, wanted={})
     pipeline_of(fresh).load_lora_weights(tmp_path / "lora")
     before = proof.own_forward(open_model(model.config))["forward"]
     load_lora(model, tmp_path / "lora" / FILE)

@@ -4,63 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cogvideo_dist.config.load import ConfigError, digest, load_config
 from cogvideo_dist.config.schema import DiTRun, ImageCondition
 from cogvideo_dist.convert import diffusers as hf
-from cogvideo_dist.convert.lora import FILE
 from cogvideo_dist.convert.scheduler import scheduler_config
 from cogvideo_dist.diffusion.schedule import ScheduleConfig
 from cogvideo_dist.models.dit import DiT
 from cogvideo_dist.models.init import draw_parameters
 from cogvideo_dist.models.presets import PRESETS, SNR_SHIFT
-from launch import convert, release, release_lora
+from launch import convert, release
 from launch.beginning import trained_transformer
 from launch.compose import load_vae
-from tests.launch.world import LENGTH, World, outcome, train
-from tests.ranks import run_ranks
+from tests.launch.releases import changed, command, figures, open_model, trained
+from tests.launch.world import World
 
 CPU = torch.device("cpu")
-SIZES = {"heads": 2, "head_dim": 16, "layers": 2, "time_embed_dim": 16, "text_dim": 16, "text_length": LENGTH,
-         "sample_frames": 3, "sample_height": 8, "sample_width": 8}  # fmt: skip
-FIGURES = re.compile(r"(\w+) (\d\.\de[+-]\d\d)")
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of ``python launch/convert.py ARGUMENTS``, in this process."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
-        return outcome("convert", convert.main)
-
-    return run
-
-
-def figures(text: str) -> dict[str, float]:
-    """What a verification found, by name."""
-    return {name: float(value) for name, value in FIGURES.findall(text)}
-
-
-def open_model(name: str, **changes: Any) -> DiT:
-    """An untrained tiny model all of whose gates are open."""
-    model = DiT(replace(PRESETS[name], **(SIZES | changes)))
-    draw_parameters(model, 0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return model
 
 
 def pipeline(world: World, name: str, folder: Path, *, sampler: Any = "ddim", **changes: Any) -> Path:
@@ -75,12 +41,6 @@ def pipeline(world: World, name: str, folder: Path, *, sampler: Any = "ddim", **
 @pytest.fixture(scope="module")
 def plain(world: World) -> Path:
     return pipeline(world, "cogvideox-5b", world.root / "released-plain")
-
-
-def trained(world: World, run: Path, *changes: str) -> Path:
-    """A run of two steps whose modulations have moved, so that averaged and last weights differ."""
-    run_ranks(train, 1, world.file, world.overrides(run, "train.steps=2", "train.warmup_steps=0", *changes))
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +63,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize(("name", "sampler"), VARIANTS)
 def test_every_variant_computes_in_the_public_library_what_it_computes_here(
-    command: Callable[..., tuple[int, str, str]], world: World, tmp_path: Path, name: str, sampler: str
+    world: World, tmp_path: Path, name: str, sampler: str
 ) -> None:
     source, out = pipeline(world, name, tmp_path / "source", sampler=sampler), tmp_path / "out"
     code, said, stderr = command("diffusers", source, out, "--shard-size", "100KB")
@@ -121,9 +81,7 @@ def test_every_variant_computes_in_the_public_library_what_it_computes_here(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=LONG)])
-def test_narrow_releases_are_compared_with_the_same_rounded_weights(
-    command: Callable[..., tuple[int, str, str]], plain: Path, tmp_path: Path, dtype: str
-) -> None:
+def test_narrow_releases_are_compared_with_the_same_rounded_weights(plain: Path, tmp_path: Path, dtype: str) -> None:
     code, said, stderr = command("diffusers", plain, tmp_path / "out", "--dtype", dtype)
     assert code == 0, stderr
     assert figures(said)["forward"] <= 1e-6 and figures(said)["latents"] <= 1e-4
@@ -133,9 +91,7 @@ def test_narrow_releases_are_compared_with_the_same_rounded_weights(
 
 
 @pytest.mark.long
-def test_positions_that_training_counts_are_compared_where_both_count_and_told(
-    command: Callable[..., tuple[int, str, str]], world: World, tmp_path: Path
-) -> None:
+def test_positions_that_training_counts_are_compared_where_both_count_and_told(world: World, tmp_path: Path) -> None:
     run = trained(world, tmp_path / "run", "model.rope_grid=extrapolate")
     code, said, stderr = command("diffusers", run, tmp_path / "out")
     assert code == 0, stderr
@@ -161,16 +117,6 @@ def test_models_whose_base_is_not_that_of_the_probe_are_compared_at_a_base_that_
 # ---- What is not the same is refused, and nothing appears.
 
 
-def changed(path: Path, name: str) -> None:
-    """One number of a written tensor a thousandth of its largest away."""
-    with safe_open(path, framework="pt") as file:
-        about = file.metadata()
-    tensors = load_file(path)
-    tensor = tensors[next(key for key in tensors if name in key)]
-    tensor.view(-1)[-1] += 1e-3 * tensor.abs().max()
-    save_file(tensors, path, metadata=about)
-
-
 def weights_changed(part: str, name: str) -> Callable[[Path], None]:
     return lambda folder: changed(folder / part / hf.WEIGHTS, name)
 
@@ -185,9 +131,7 @@ def setting_changed(file: str, **fields: Any) -> Callable[[Path], None]:
     return change
 
 
-def tampered(
-    command: Callable[..., tuple[int, str, str]], arguments: tuple[object, ...], change: Callable[[Path], None]
-) -> str:
+def tampered(arguments: tuple[object, ...], change: Callable[[Path], None]) -> str:
     """The last line of a release in which something is changed before it is verified; nothing may be left of it."""
     save, out = hf.save_pipeline, Path(str(arguments[2]))
 
@@ -210,9 +154,9 @@ WEIGHTS = [
 
 @pytest.mark.parametrize(("part", "name"), [WEIGHTS[0], *(pytest.param(*each, marks=LONG) for each in WEIGHTS[1:])])
 def test_a_release_with_one_number_changed_by_a_thousandth_is_refused(
-    command: Callable[..., tuple[int, str, str]], plain: Path, tmp_path: Path, part: str, name: str
+    plain: Path, tmp_path: Path, part: str, name: str
 ) -> None:
-    said = tampered(command, ("diffusers", plain, tmp_path / "out"), weights_changed(part, name))
+    said = tampered(("diffusers", plain, tmp_path / "out"), weights_changed(part, name))
     assert f"diffusers loads another {name} than was to be written; nothing is released" in said
 
 
@@ -223,13 +167,12 @@ def test_a_release_with_one_number_changed_by_a_thousandth_is_refused(
     pytest.param(setting_changed("vae/config.json", norm_num_groups=4), "mean", marks=LONG),
 ])  # fmt: skip
 def test_a_release_that_computes_something_else_is_refused(
-    command: Callable[..., tuple[int, str, str]],
     plain: Path,
     tmp_path: Path,
     change: Callable[[Path], None],
     first: str,
 ) -> None:
-    said = tampered(command, ("diffusers", plain, tmp_path / "out"), change)
+    said = tampered(("diffusers", plain, tmp_path / "out"), change)
     assert "diffusers computes something else than we do: " in said and f"({first} may differ by" in said
 
 
@@ -253,7 +196,7 @@ def test_a_forward_that_is_off_by_more_than_it_may_be_is_refused() -> None:
 
 
 def test_without_the_public_library_one_line_says_that_nothing_was_verified(
-    command: Callable[..., tuple[int, str, str]], plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("launch.release_proof.importlib.util.find_spec", lambda name: None)
     code, said, stderr = command("diffusers", plain, tmp_path / "out")
@@ -264,9 +207,7 @@ def test_without_the_public_library_one_line_says_that_nothing_was_verified(
     assert code == 78 and stderr.count("\n") == 1 and "--verify needs diffusers, which is not installed" in stderr
 
 
-def test_a_text_encoder_elsewhere_is_named_and_not_copied(
-    command: Callable[..., tuple[int, str, str]], world: World, plain: Path, tmp_path: Path
-) -> None:
+def test_a_text_encoder_elsewhere_is_named_and_not_copied(world: World, plain: Path, tmp_path: Path) -> None:
     from diffusers import CogVideoXPipeline
     from transformers import T5EncoderModel, T5Tokenizer
 
@@ -289,9 +230,7 @@ def test_a_text_encoder_elsewhere_is_named_and_not_copied(
     assert CogVideoXPipeline.from_pretrained(out, **parts).text_encoder is parts["text_encoder"]
 
 
-def test_the_cards_own_lines_make_a_video(
-    command: Callable[..., tuple[int, str, str]], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cards_own_lines_make_a_video(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, stderr = command("diffusers", run, "my-pipeline", "--no-verify")
     assert code == 0, stderr
@@ -303,9 +242,7 @@ def test_the_cards_own_lines_make_a_video(
     )
 
 
-def test_a_runs_card_tells_what_it_was_made_of(
-    command: Callable[..., tuple[int, str, str]], run: Path, tmp_path: Path
-) -> None:
+def test_a_runs_card_tells_what_it_was_made_of(run: Path, tmp_path: Path) -> None:
     code, said, stderr = command("diffusers", run, tmp_path / "out", "--dtype", "bf16")
     assert code == 0, stderr
     card = (tmp_path / "out" / "README.md").read_text()
@@ -325,9 +262,7 @@ def test_a_runs_card_tells_what_it_was_made_of(
     assert figures(card) == figures(said)
 
 
-def test_averaged_and_last_weights_are_two_releases(
-    command: Callable[..., tuple[int, str, str]], run: Path, tmp_path: Path
-) -> None:
+def test_averaged_and_last_weights_are_two_releases(run: Path, tmp_path: Path) -> None:
     written = {}
     for weights in ("ema", "raw"):
         code, _, stderr = command(
@@ -345,9 +280,7 @@ def test_averaged_and_last_weights_are_two_releases(
     assert "as of the last step" in (tmp_path / "raw" / "README.md").read_text()
 
 
-def test_a_release_replaces_a_release_and_nothing_else(
-    command: Callable[..., tuple[int, str, str]], plain: Path, tmp_path: Path
-) -> None:
+def test_a_release_replaces_a_release_and_nothing_else(plain: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for size in ("100KB", "5GB"):
         assert command("diffusers", plain, out, "--no-verify", "--shard-size", size)[0] == 0
@@ -360,7 +293,7 @@ def test_a_release_replaces_a_release_and_nothing_else(
 
 
 def test_what_goes_wrong_halfway_leaves_what_was_there(
-    command: Callable[..., tuple[int, str, str]], plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     assert command("diffusers", plain, out, "--no-verify")[0] == 0
@@ -383,7 +316,7 @@ def test_what_goes_wrong_halfway_leaves_what_was_there(
     (("lora", "SOURCE", "out"), 78, "no run (it has no config.yaml)"),
 ])  # fmt: skip
 def test_what_cannot_be_released_is_named(
-    command: Callable[..., tuple[int, str, str]], plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     arguments: tuple[str, ...], code: int, message: str,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
@@ -404,100 +337,26 @@ def test_a_condition_that_no_public_pipeline_makes_is_refused(setting: dict[str,
     release.check_image(PRESETS["cogvideox1.5-5b"], image, source=Path("run"))  # of text alone there is no condition
 
 
-# ---- Adapters.
-
-LORA = (
-    "lora.rank=4", "lora.alpha=2", "lora.targets=[q, v, out, modulation]", "train.learning_rate=0.3", "train.clip_norm=null",
-    "train.ema_decay=0.1",
-)  # fmt: skip
-BASE = {"sample_height": 4, "sample_width": 4}
-
-
-def adapted(world: World, root: Path, name: str, *changes: str) -> Path:
-    """A run of adapters on a base all of whose gates are open, so that every adapter has moved."""
-    hf.save_transformer(open_model(name, **BASE), root / "base" / "transformer")
-    return trained(
-        world, root / "run", f"model.preset={name}", f"model.weights={root / 'base' / 'transformer'}", *LORA, *changes
-    )
-
-
-@pytest.fixture(scope="module")
-def style(world: World) -> Path:
-    return adapted(world, world.root / "release-style", "cogvideox-5b")
-
-
-def test_adapters_give_in_the_public_library_what_they_give_here(
-    command: Callable[..., tuple[int, str, str]], style: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "lora"
-    code, said, stderr = command("lora", style, out, "--base", "THUDM/CogVideoX-5b")
-    assert code == 0, stderr
-    assert figures(said).keys() == {"latents", "forward"}
-    assert figures(said)["forward"] <= 1e-6 and figures(said)["latents"] <= 1e-4
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", FILE]
-    card = (out / "README.md").read_text()
-    for part in (
-        'pipe.load_lora_weights("lora")',
-        'from_pretrained("THUDM/CogVideoX-5b"',
-        "q 4/2",
-        "since 0.34",
-        "| Steps | 2 |",
+def test_what_sat_trained_is_released_like_everything_else(tmp_path: Path) -> None:
+    model = DiT(PRESETS["tiny-cogvideox-5b"])
+    draw_parameters(model, 0)
+    hf.save_transformer(model, tmp_path / "before")
+    for arguments in (
+        ("sat", tmp_path / "before", tmp_path / "sat", "--tp", 3),
+        ("diffusers", tmp_path / "sat", tmp_path / "after", "--preset", "tiny-cogvideox-5b"),
     ):
-        assert part in card, part
+        code, said, stderr = command(*arguments)
+        assert code == 0, stderr
+    assert figures(said)["forward"] <= 1e-6
+    assert (tmp_path / "after" / hf.WEIGHTS).read_bytes() == (tmp_path / "before" / hf.WEIGHTS).read_bytes()
 
 
 @pytest.mark.long
-def test_adapters_of_an_image_to_video_run_are_compared_with_their_image(
-    command: Callable[..., tuple[int, str, str]], world: World, tmp_path: Path
-) -> None:
-    run = adapted(world, tmp_path, "cogvideox1.5-5b-i2v")
-    code, said, stderr = command("lora", run, tmp_path / "lora", "--dtype", "bf16")
+def test_the_card_of_a_later_stage_tells_of_the_earlier_one(world: World, run: Path, tmp_path: Path) -> None:
+    stage = trained(world, tmp_path / "stage", f"init.from={run}")
+    code, _, stderr = command("diffusers", stage, tmp_path / "out", "--part", "transformer", "--no-verify")
     assert code == 0, stderr
-    assert figures(said)["forward"] <= 1e-6 and figures(said)["latents"] <= 1e-4
-
-
-def other_alpha(path: Path) -> None:
-    with safe_open(path, framework="pt") as file:
-        about = file.metadata()
-    about["lora_adapter_metadata"] = about["lora_adapter_metadata"].replace('lora_alpha": 2', 'lora_alpha": 2.002')
-    save_file(load_file(path), path, metadata=about)
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    (other_alpha, "diffusers computes something else than we do: forward"),
-    pytest.param(lambda path: changed(path, "to_v.lora_B"), "diffusers loads another .*to_v.lora_B.weight", marks=LONG),
-    pytest.param(lambda path: changed(path, "norm2.linear.lora_A"), "loads another .*norm2.linear.lora_A", marks=LONG),
-])  # fmt: skip
-def test_adapters_with_a_thousandth_changed_are_refused(
-    command: Callable[..., tuple[int, str, str]], style: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    change: Callable[[Path], None], message: str,
-) -> None:  # fmt: skip
-    save = release_lora.save_lora
-
-    def saved(model: DiT, folder: Path, **given: Any) -> Any:
-        written = save(model, folder, **given)
-        change(folder / FILE)
-        return written
-
-    monkeypatch.setattr(release_lora, "save_lora", saved)
-    code, _, stderr = command("lora", style, tmp_path / "lora")
-    assert code == 1 and re.search(message, stderr.splitlines()[-1])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_adapters_whose_base_has_changed_are_refused(
-    command: Callable[..., tuple[int, str, str]], style: Path, tmp_path: Path
-) -> None:
-    weights = style.parent / "base" / "transformer" / hf.WEIGHTS
-    before = weights.read_bytes()
-    changed(weights, "proj_out.bias")
-    code, _, stderr = command("lora", style, tmp_path / "lora")
-    weights.write_bytes(before)
-    assert code == 78 and "trained on other weights than" in stderr and list(tmp_path.iterdir()) == []
-
-
-def test_a_run_without_adapters_has_none_to_release(
-    command: Callable[..., tuple[int, str, str]], run: Path, tmp_path: Path
-) -> None:
-    code, _, stderr = command("lora", run, tmp_path / "lora")
-    assert code == 78 and "trained all weights, no adapters; release it with launch/convert.py diffusers" in stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| Began from | the run {'/'.join(run.parts[-2:])} |" in card
+    assert re.search(r"\| Stage 1 \| \S+: 2 steps, [1-9]\d* clips; its ema weights went on \(SHA-256 \w{16}\) \|", card)
+    assert "| Steps | 4, of them 2 in the last stage |" in card
