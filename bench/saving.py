@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import resource
 import shutil
 import tempfile
@@ -107,6 +108,7 @@ def theirs(state: dict[str, dict[str, Tensor]], folder: Path, *, asynchronous: b
 
 def bench_saving(config: DiTConfig, folder: Path) -> dict[str, Any]:
     """Ready for JSON."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     mesh = start(Place(), device=torch.device("cpu"))
     player = trained(config, mesh)
     count = sum(p.numel() for p in player.engine.names.values())

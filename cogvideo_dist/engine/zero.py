@@ -226,14 +226,14 @@ class Engine:
 
     def copy(self, into: Mapping[str, Tensor]) -> None:
         """What this rank owns of each kind of state, parameter after parameter, to the host's memory ``into[kind]``."""
-        place, held = 0, self.held()
+        held, owned = self.held(), {name: piece for name, piece in self.owned().items() if piece.count}
         with self._reachable() if into.keys() - {"weights"} else nullcontext():
-            for name, piece in self.owned().items():
-                first, target = piece.start - held[name].start, slice(place, place + piece.count)
-                for kind, values in into.items() if piece.count else ():
-                    own = self._fragment(self.names[name], kind)
-                    values[target].copy_(own[first : first + piece.count], non_blocking=True)
-                place += piece.count
+            for kind, values in into.items():
+                own = []
+                for name, piece in owned.items():
+                    first = piece.start - held[name].start
+                    own.append(self._fragment(self.names[name], kind)[first : first + piece.count])
+                _copy(own, values)
 
     def restore(self, read: Callable[[str, str, Piece], Tensor], *, kinds: Sequence[str], step: int) -> None:
         """Set the master weights, the working copy and, of ``kinds``, the optimizer states, as they were after ``step``
@@ -383,6 +383,15 @@ class Engine:
         if self.stage in (1, 2):
             self._ds.optimizer._hp_optimizer_states_linked = False
             self._ds.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _copy(tensors: Sequence[Tensor], into: Tensor) -> None:
+    """One behind the other; from a device without waiting for it."""
+    if all(tensor.device == into.device for tensor in tensors):
+        torch.cat(tensors, out=into)  # in one piece of parallel work: threads need not meet after each
+        return
+    for tensor, target in zip(tensors, into.split([tensor.numel() for tensor in tensors])):
+        target.copy_(tensor, non_blocking=True)
 
 
 def _from_a_gradient(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
