@@ -80,8 +80,9 @@ def read_sat_transformer(
         print(note)
     if found.prefix:
         print(f"the transformer is what lies under {found.prefix}*")
-    for name, count in found.left_out.items():
-        print(f"{count} tensors of {name}.* left out, which are no weights of the transformer")
+    if found.left_out:
+        shown = ", ".join(f"{name} ({count})" for name, count in found.left_out.items())
+        print(f"left out, with numbers of tensors, as no weights of the transformer: {shown}")
     return found.model
 
 

@@ -148,7 +148,8 @@ def _owner(name: str, prefix: str) -> str:
 def _chosen(prefixes: list[str], wanted: str | None, source: str) -> str:
     if not prefixes:
         raise ValueError(
-            f"{source}: no VAE in it, as no name ends in {MARKS[0]}; give a 3d-vae.pt, or a checkpoint of a fine-tuned model"
+            f"{source}: no VAE in it, as no name ends in {MARKS[0]}; give a 3d-vae.pt, or a checkpoint of a fine-tuned model "
+            "(a transformer is read from its folder)"
         )
     shown = " and ".join(f'"{prefix}"' for prefix in prefixes)
     if wanted is None and len(prefixes) > 1:

@@ -149,11 +149,10 @@ def save_dit(
         raise ValueError(f"{model.config.heads} heads do not divide over {tp} model-parallel ranks")
     adapters = _sat_adapters(model, tp)
     aside.mkdir(parents=True)
-    for rank in range(tp):
-        module = {
-            PREFIX + name: tensor for name, tensor in _slices(model, Axis("tp", rank, tp), dtype, adapters=adapters)
-        }
-        torch.save({WRAPPER: module}, aside / f"mp_rank_{rank:02d}_model_states.pt")
+    for rank in range(tp):  # without a name for them, a rank's tensors are gone before the next one's are made
+        slices = _slices(model, Axis("tp", rank, tp), dtype, adapters=adapters)
+        content = ((PREFIX + name, tensor) for name, tensor in slices)
+        torch.save({WRAPPER: dict(content)}, aside / f"mp_rank_{rank:02d}_model_states.pt")
     aside.rename(target)
     latest = folder / f"{LATEST}.partial"
     latest.write_text(str(iteration), encoding="utf-8")

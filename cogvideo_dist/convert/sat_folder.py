@@ -50,8 +50,9 @@ class Checkpoint(NamedTuple):
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is one of SAT or DeepSpeed, with ``latest`` or with ranks' files."""
-    return path.is_dir() and ((path / LATEST).is_file() or any(_is_states(file.name) for file in path.iterdir()))
+    """Whether a folder is one of SAT or DeepSpeed: it has ranks' files, or ``latest`` beside folders with such."""
+    files = [*path.glob("*.pt"), *(path.glob("*/*.pt") if (path / LATEST).is_file() else ())]
+    return any(_is_states(file.name) for file in files)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
