@@ -292,6 +292,17 @@ def test_a_release_replaces_a_release_and_nothing_else(plain: Path, tmp_path: Pa
     assert (out / "LICENSE").read_text() == "mine"
 
 
+def test_a_release_between_whose_renamings_a_process_was_killed_is_put_back(tmp_path: Path) -> None:
+    (tmp_path / ".old-out").mkdir()
+    (tmp_path / ".old-out" / "README.md").write_text("before")
+    (tmp_path / ".tmp-out").mkdir()
+    with pytest.raises(OSError), release.appearing(tmp_path / "out") as folder:
+        (folder / "README.md").write_text("after")
+        raise OSError(28, "No space left on device")
+    assert (tmp_path / "out" / "README.md").read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_what_goes_wrong_halfway_leaves_what_was_there(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
