@@ -126,7 +126,12 @@ def _explained(error: BaseException) -> dict[str, str]:
             "refused": f"refused, as it holds more than tensors: {asked[1]}, of which nothing was run; save its tensors alone"
         }
     reason = type(error).__name__ if isinstance(error, UnpicklingError) else f"{type(error).__name__}: {error}"
-    return {"damaged": " ".join(reason.split()).partition(". ")[0]}
+    return {"damaged": shown(" ".join(reason.split()).partition(". ")[0])}
+
+
+def shown(key: str | int) -> str:
+    """A text of the file as it may stand in a message."""
+    return str(key) if str(key).isprintable() else ascii(key)
 
 
 def limit(size: int, *, memory: int, seconds: int) -> None:
@@ -183,9 +188,8 @@ class Description:
         before = f"{name}." if name else ""
         if isinstance(value, dict):
             keys = [key if isinstance(key, str | int) else f"({type(key).__name__})" for key in value]
-            return {
-                "dict": [[key, self.of(v, f"{before}{key}", depth=depth + 1)] for key, v in zip(keys, value.values())]
-            }
+            inner = [self.of(v, f"{before}{shown(key)}", depth=depth + 1) for key, v in zip(keys, value.values())]
+            return {"dict": list(zip(keys, inner))}
         if isinstance(value, list | tuple | set):
             return {"list": [self.of(each, f"{before}{n}", depth=depth + 1) for n, each in enumerate(value)]}
         if isinstance(value, StandIn):

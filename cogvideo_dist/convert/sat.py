@@ -101,7 +101,7 @@ def wrapped(file: TorchFile) -> dict[str, Any]:
             f'{"and" if found else "or"} "{WRAPPERS[1]}" (as a fine-tuned checkpoint); expected one with the tensors'
         )
     for name in found[0]:
-        if not isinstance(name, str):
+        if not (isinstance(name, str) and name.isprintable()):
             raise ValueError(f"{path}: holds something under {name!r}, which is no name; expected tensors by name")
     return found[0]
 

@@ -151,7 +151,7 @@ def module_of(file: TorchFile) -> dict[str, Any]:
             f'{file.path}: holds no dictionary "{WRAPPER}", in which SAT and DeepSpeed have a model\'s tensors'
         )
     for name in found:
-        if not isinstance(name, str):
+        if not (isinstance(name, str) and name.isprintable()):
             raise ValueError(f"{file.path}: holds something under {name!r}, which is no name; expected tensors by name")
     return found
 
