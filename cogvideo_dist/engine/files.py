@@ -11,6 +11,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def write_tensors(path: Path, names: Mapping[str, int], values: Tensor) -> Writt
     data = values.view(torch.uint8).numpy().data if values.numel() else memoryview(b"")
     first = min(len(data), -len(head) % BLOCK)  # blocks are counted from the file's first byte
     digests = []
-    with _created(path) as file:
+    with _opened(path, "wb") as file:
         for block, digest in block_digests(memoryview(head + bytes(data[:first]))):
             file.write(block)
             digests.append(digest)
@@ -75,7 +76,7 @@ def write_tensors(path: Path, names: Mapping[str, int], values: Tensor) -> Writt
 
 def write_text(path: Path, text: str) -> None:
     """A small file, synced."""
-    with _created(path) as file:
+    with _opened(path, "wb") as file:
         file.write(text.encode())
         _flush(file)
 
@@ -90,7 +91,7 @@ def replace_text(path: Path, text: str) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """One line more, synced."""
-    with path.open("ab") as file:
+    with _opened(path, "ab") as file:
         file.write(line.encode() + b"\n")
         _flush(file)
 
@@ -103,7 +104,8 @@ def sync(folder: Path) -> None:
     """Make a folder's names durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with _naming(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -137,8 +139,22 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _created(path: Path) -> Any:
-    return path.open("wb")  # buffered: a raw file may write less than it is given, and says so by a number alone
+@contextmanager
+def _opened(path: Path, mode: str) -> Iterator[Any]:
+    with (
+        _naming(path),
+        path.open(mode) as file,
+    ):  # buffered: a raw file may write less than it is given without an error
+        yield file
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of writing and syncing do not say of what."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _flush(file: Any) -> None:

@@ -11,7 +11,8 @@ import random
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -131,17 +132,11 @@ def arm(kill: Kill, die: Callable[[], None]) -> None:
 
 def _halve(die: Callable[[], None]) -> None:
     """The next write stops in the middle, the next deletion after one file."""
-    created = files._created
+    opened = files._opened
 
     class Half:
         def __init__(self, file: Any) -> None:
             self.file = file
-
-        def __enter__(self) -> Half:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.file.close()
 
         def write(self, data: Any) -> None:
             self.file.write(bytes(data)[: len(data) // 2])
@@ -152,7 +147,12 @@ def _halve(die: Callable[[], None]) -> None:
         next(iter(sorted(path.iterdir()))).unlink()
         die()
 
-    files._created = lambda path: Half(created(path))  # type: ignore[assignment]
+    @contextmanager
+    def half(path: Path, mode: str) -> Iterator[Half]:
+        with opened(path, mode) as file:
+            yield Half(file)
+
+    files._opened = half
     files.shutil.rmtree = remove  # type: ignore[assignment]
 
 
