@@ -1,6 +1,6 @@
 """Convert between our weights and the public formats: python launch/convert.py {diffusers,lora,native,sat,sat-vae} SOURCE OUT
 
-``sat-config`` translates SAT's configuration files instead.
+``sat-config`` translates SAT's configuration files instead, ``reshape`` and ``check`` are for checkpoints of a run.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from launch.release import Wish, appearing, release_model, release_pipeline
 from launch.release_facts import Source
 from launch.release_lora import release_lora
 from launch.release_proof import wanted
+from launch.reshape import COMMANDS as CHECKPOINTS
 from launch.sat_config import add_options, translate_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,7 +48,9 @@ examples:
   python launch/convert.py sat runs/demo/dit for-sat/transformer              # a run -> a folder of SAT
   python launch/convert.py diffusers CogVideoX-5b-sat/transformer transformer # SAT's transformer -> diffusers
   python launch/convert.py native mp_rank_00_model_states.pt ours --scaling-factor 0.7 # its VAE -> ours
-  python launch/convert.py sat-config cogvideox_5b.yaml sft.yaml --out my.yaml # SAT's configuration -> ours"""
+  python launch/convert.py sat-config cogvideox_5b.yaml sft.yaml --out my.yaml # SAT's configuration -> ours
+  python launch/convert.py check runs/demo/dit/ckpt/step-000020               # is a checkpoint whole, and what is it
+  python launch/convert.py reshape runs/demo/dit/ckpt/step-000020 out --ranks 8 --tp 2 # in the pieces of other ranks"""
 
 
 def arguments() -> argparse.Namespace:
@@ -96,6 +99,8 @@ def arguments() -> argparse.Namespace:
             epilog="example: python launch/convert.py sat-config cogvideox_5b_lora.yaml sft.yaml --out my-lora.yaml",
         )
     )  # fmt: skip
+    for name, (add, _, what) in CHECKPOINTS.items():
+        add(formats.add_parser(name, help=what))
     return parser.parse_args()
 
 
@@ -154,6 +159,9 @@ def main() -> None:
     options = arguments()
     if options.format == "sat-config":
         translate_files(options)
+        return
+    if options.format in CHECKPOINTS:
+        CHECKPOINTS[options.format][1](options)
         return
     source, out = Path(options.source), Path(options.out)
     if not source.exists():

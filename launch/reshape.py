@@ -49,3 +49,14 @@ def opened(source: str) -> Stored:
     if not path.name.startswith(PREFIX) or not path.is_dir():
         raise ConfigError(f"{source} is no checkpoint; expected a folder {PREFIX}N of a run's ckpt")
     return Stored.open(path)
+
+
+COMMANDS = {
+    "reshape": (
+        add_reshape,
+        reshape_checkpoint,
+        "a checkpoint -> one in the pieces of other ranks, which no run needs",
+    ),
+    "check": (add_check, check_checkpoint, "hash every byte of a checkpoint and say what it is"),
+}
+"""Name -> its options, its body and what it does."""
