@@ -116,7 +116,7 @@ def fill(model: nn.Module, checkpoint: Path, *, weights: str) -> int:
 
 def _take(model: nn.Module, stored: Stored, *, kind: str, name: str = "") -> None:
     with torch.no_grad():
-        for parameter, values in read_parameters(stored, model, kind, name=name):
+        for parameter, values in read_parameters(stored, model, kind=kind, name=name):
             parameter.copy_(values)
 
 

@@ -174,7 +174,7 @@ def main() -> None:
     elif options.format == "diffusers" and is_pipeline(source) and options.part == "pipeline":
         release_pipeline(source, out, wish=wish_of(options))
     else:
-        write(options, source, out)
+        write(options, source=source, out=out)
     print(out)
 
 
@@ -261,7 +261,7 @@ def read_public(source: Path) -> DiT | VAE:
     raise ConfigError(f"{source / 'config.json'} describes a {name}; expected a CogVideoX transformer or autoencoder")
 
 
-def write(options: argparse.Namespace, source: Path, out: Path) -> None:
+def write(options: argparse.Namespace, *, source: Path, out: Path) -> None:
     """One model, as the format is that is asked for."""
     dtype = DTYPES.get(options.dtype)
     wish = wish_of(options) if options.format == "diffusers" else None

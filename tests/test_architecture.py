@@ -33,7 +33,11 @@ MAY_IMPORT = {
 """Package -> what else of ours it may import, itself aside. ``launch`` composes everything."""
 
 BELONGS = {
-    "torch.distributed": ("cogvideo_dist/parallel/", "bench/parallel_block.py"),  # which compares with its DTensor
+    "torch.distributed": (
+        "cogvideo_dist/parallel/",
+        "bench/parallel_block.py",
+        "bench/saving.py",
+    ),  # which compare with its own
     "deepspeed": ("cogvideo_dist/engine/", "bench/parallel.py"),  # which compares with its Ulysses
     # The demo and verified releases compare with it, benchmarks are against it.
     "diffusers": ("launch/demo.py", "launch/release_proof.py", "launch/release_lora.py", "bench/"),
@@ -51,6 +55,8 @@ POSITIONAL = {
     "norm_affine": "the operands of a formula, in its order",
     "normed_heads": "the operands of a formula, in its order",
     "Block.__init__": "the model's three arguments, as its constructor has them",
+    "write_tensors": "a file, what lies in it and the values",
+    "public_sample.look": "as diffusers calls it",
     "SequenceShard.attend": "q, k, v, as everywhere",
     "ring_attend_backward": "the operands of a backward, in the order of every back end's",
     "cut": "of what, from where to where, as a slice",

@@ -109,14 +109,14 @@ class Stored:
         """
         found, filled = torch.empty(piece.count), 0
         for file, source in self._sources(kind, model).get(name, ()):
-            for shared in overlaps(cut, source, piece):
-                shared.copy(self._file(file).read(name, *shared.source), found)
+            for shared in overlaps(cut, source=source, target=piece):
+                shared.copy(self._file(file).read(name, span=shared.source), found)
                 filled += shared.rows * (shared.source_columns[1] - shared.source_columns[0])
         if filled != piece.count:
             raise CheckpointError(f"{self.path} has {filled} of {piece.count} elements of {kind} of {name}")
         return found
 
-    def whole(self, kind: str, name: str, model: str = "") -> Tensor:
+    def whole(self, kind: str, name: str, *, model: str = "") -> Tensor:
         """A whole tensor."""
         cut = self.cuts(model)[name]
         return self.read(kind, name, piece=Piece(0, 1, 0, cut.count), cut=cut, model=model).view(cut.shape)
@@ -188,9 +188,9 @@ class StoredFile:
                 )
             self.known.add(number)
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
+    def read(self, name: str, *, span: tuple[int, int]) -> Tensor:
         """Elements [start, stop) of a tensor, flat."""
-        first, shape = self._offsets[name]
+        (first, shape), (start, stop) = self._offsets[name], span
         self.check(first + 4 * start, first + 4 * stop)
         tensor = self._reader.get_slice(name)
         return tensor[start:stop] if len(shape) == 1 else self._reader.get_tensor(name).flatten()[start:stop]
@@ -217,7 +217,7 @@ class StoredFile:
 
 
 def read_parameters(
-    stored: Stored, model: nn.Module, kind: str, *, name: str = ""
+    stored: Stored, model: nn.Module, *, kind: str, name: str = ""
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """What is trained of ``model`` with its values of one ``kind`` in a checkpoint, this rank's slice in its shape; ``name`` is
     that of a model beside the task's own.
@@ -227,7 +227,7 @@ def read_parameters(
     check_model(stored, model, name=name)
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
-            cut = cut_of(model, key, tuple(parameter.shape))
+            cut = cut_of(model, key, own=tuple(parameter.shape))
             piece = cut.slice(*own_part(model))
             yield parameter, stored.read(kind, key, piece=piece, cut=cut, model=name).view(parameter.shape)
 
@@ -239,7 +239,9 @@ def own_part(model: nn.Module) -> tuple[int, int]:
 
 def check_model(stored: Stored, model: nn.Module, *, name: str = "") -> None:
     """Refuse a checkpoint of another model, naming the first differences of its shapes."""
-    expected = {key: cut_of(model, key, tuple(p.shape)).shape for key, p in model.named_parameters() if p.requires_grad}
+    expected = {
+        key: cut_of(model, key, own=tuple(p.shape)).shape for key, p in model.named_parameters() if p.requires_grad
+    }
     check_shapes(expected, {key: cut.shape for key, cut in stored.cuts(name).items()}, source=str(stored.path))
 
 

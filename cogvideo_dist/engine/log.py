@@ -1,11 +1,14 @@
-"""What a run tells: a progress line, TensorBoard, ``log.jsonl``, the data report and pictures. Only the first rank tells."""
+"""What a run tells: a progress line, TensorBoard, ``log.jsonl``, its starts, the data report and pictures. Only the first
+rank tells."""
 
 from __future__ import annotations
 
 import io
 import json
 import resource
+import socket
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,12 +61,20 @@ class RunLog:
         if not speaks:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        _drop_after(folder / "log.jsonl", first_step)
+        logged = _drop_after(folder / "log.jsonl", first_step)
+        self._note_start(first_step, lost=max(0, logged - first_step))
         self.report = folder / "data_report.jsonl"
         self.listed = set(self.report.read_text(encoding="utf-8").splitlines()) if self.report.exists() else set()
         self.lines = (folder / "log.jsonl").open("a", encoding="utf-8")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self.bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stderr, dynamic_ncols=True)
+
+    def _note_start(self, first_step: int, *, lost: int) -> None:
+        """A line of ``starts.jsonl``, which no start drops; ``lost``: steps that an earlier one logged and this one makes
+        again."""
+        entry = {"step": first_step, "time": time.time(), "host": socket.gethostname(), "lost": lost}
+        with (self.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """``values`` after ``step`` updates."""
@@ -84,7 +95,7 @@ class RunLog:
             self.bar.write(text, file=sys.stderr)
 
     def pictures(self, step: int, pictures: Sequence[Picture]) -> None:
-        """mp4s and one contact sheet on disk, moving pictures in TensorBoard."""
+        """mp4s, their captions and one contact sheet on disk, moving pictures in TensorBoard."""
         if not self.speaks or not pictures:
             return
         folder = self.folder / "samples" / f"step-{step:06d}"
@@ -92,6 +103,9 @@ class RunLog:
         for picture in pictures:
             write_mp4(folder / f"{picture.name}.mp4", picture.frames, picture.fps)
             self.board._get_file_writer().add_summary(_moving(f"samples/{picture.name}", picture), step)
+        with replacing(folder / "captions.json") as temporary:
+            captions = {picture.name: picture.caption for picture in pictures}
+            temporary.write_text(json.dumps(captions, ensure_ascii=False, indent=1), encoding="utf-8")
         rows = [(picture.caption, picture.frames) for picture in pictures]
         wide = max(
             1, round(max(frames.shape[2] / frames.shape[1] for _, frames in rows))
@@ -138,20 +152,23 @@ def report_line(defect: Defect) -> str:
     return json.dumps(vars(defect), ensure_ascii=False)
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the lines of ``log.jsonl`` up to ``step``, none if the run begins anew; a torn last line goes too."""
+def _drop_after(path: Path, step: int) -> int:
+    """Keep the lines of ``log.jsonl`` up to ``step``, none if the run begins anew; a torn last line goes too. The last step
+    that had a line, 0 without any."""
     if not path.exists():
-        return
-    kept = []
+        return 0
+    kept, last = [], 0
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             entry: dict[str, Any] = json.loads(line)
         except ValueError:
             continue
-        if entry["step"] <= step and step > 0:
+        last = entry["step"]
+        if last <= step and step > 0:
             kept.append(line + "\n")
     with replacing(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
+    return last
 
 
 def _moving(tag: str, picture: Picture) -> Summary:

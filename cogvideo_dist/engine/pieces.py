@@ -60,10 +60,10 @@ class Cut:
         return Piece(part, parts, 0, self.count // parts)
 
 
-def cut_of(model: nn.Module, name: str, parameter_shape: tuple[int, ...]) -> Cut:
-    """How ``model`` slices a parameter of which this rank has a slice of ``parameter_shape``."""
+def cut_of(model: nn.Module, name: str, *, own: tuple[int, ...]) -> Cut:
+    """How ``model`` slices a parameter of which this rank has a slice of shape ``own``."""
     found = split_of(model, name)
-    return Cut(full_shape(model, name, parameter_shape), found[0] if found else None)
+    return Cut(full_shape(model, name, own), found[0] if found else None)
 
 
 class Block(NamedTuple):
@@ -112,7 +112,7 @@ class Overlap:
         target[slice(*self.target)].view(self.rows, -1)[:, slice(*self.target_columns)] = taken
 
 
-def overlaps(cut: Cut, source: Piece, target: Piece) -> Iterator[Overlap]:
+def overlaps(cut: Cut, *, source: Piece, target: Piece) -> Iterator[Overlap]:
     """All that ``target`` can take from ``source``; both are pieces of a tensor that is cut so."""
     if source.parts == target.parts:  # the same slices: runs of elements
         start, stop = max(source.start, target.start), min(source.stop, target.stop)

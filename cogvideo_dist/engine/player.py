@@ -56,12 +56,12 @@ class Player:
     def restore(self, stored: Stored) -> None:
         """Become what it was when ``stored`` was written. Raises ``CheckpointError`` if that is damaged."""
         learner, name, cuts = self.learner, self.learner.name, self.engine.cuts()
-
-        def read(kind: str, key: str, piece: Piece) -> Tensor:
-            return stored.read(kind, key, piece=piece, cut=cuts[key], model=name)
-
         step = stored.saved.step
-        self.engine.restore(read, kinds=self.state(step).kinds(), step=self.own_step(step))
+        self.engine.restore(
+            lambda kind, key, piece: stored.read(kind, key, piece=piece, cut=cuts[key], model=name),
+            kinds=self.state(step).kinds(),
+            step=self.own_step(step),
+        )
         scaler = stored.saved.scaler
         # a run that had another precision before begins with a fresh scale
         self.engine.scaler = {

@@ -201,7 +201,7 @@ class Engine:
 
     def cuts(self) -> dict[str, Cut]:
         """Every trained parameter: its whole shape and how tp slices it."""
-        return {name: cut_of(self.model, name, tuple(self._shape(p))) for name, p in self.names.items()}
+        return {name: cut_of(self.model, name, own=tuple(self._shape(p))) for name, p in self.names.items()}
 
     def held(self) -> dict[str, Piece]:
         """What this rank's optimizer works on of every parameter, as elements of its tp slice."""
@@ -385,7 +385,7 @@ class Engine:
             self._ds.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _copy(tensors: Sequence[Tensor], into: Tensor) -> None:
+def _copy(tensors: list[Tensor], into: Tensor) -> None:
     """One behind the other; from a device without waiting for it."""
     if all(tensor.device == into.device for tensor in tensors):
         torch.cat(tensors, out=into)  # in one piece of parallel work: threads need not meet after each

@@ -251,6 +251,10 @@ class Figures:
         )
 
 
+WITH_A_CHECKPOINT = Kill("log written", 0, nth=2 * EVERY)
+"""Leaves a run whose first checkpoint is written, since the second has been begun."""
+
+
 def bound(case: Case) -> int:
     """Steps that a kill may cost: those since the last save; while that is still being written, those since the one before,
     which is waited for before another begins."""
@@ -328,6 +332,8 @@ def histories(case: Case, root: Path, kills: Sequence[Kill]) -> Figures:
     for number in count():
         history = History(case, root / f"run-{number}", oracle)
         begun = len(waiting)
+        if waiting and waiting[0].phase.startswith("restore"):
+            history.start(WITH_A_CHECKPOINT)
         while waiting and history.start(waiting[0]):
             waiting.pop(0)
         if waiting and len(waiting) == begun:  # it never comes by that place

@@ -84,5 +84,5 @@ def whole_states(path: Path) -> State:
     for facts in stored.manifest["files"].values():
         model, kind = facts["model"], facts["kind"]
         key = f"{model}.{kind}" if model else kind
-        found[key] = {name: stored.whole(kind, name, model) for name in stored.cuts(model)}
+        found[key] = {name: stored.whole(kind, name, model=model) for name in stored.cuts(model)}
     return found

@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(folder: Path, d
     with pytest.raises(CheckpointError, match=f"step-000010.*{reason}|{reason}.*step-000010"):
         stored = Stored.open(folder / "step-000010")
         for kind in KINDS:
-            list(read_parameters(stored, model(), kind))
+            list(read_parameters(stored, model(), kind=kind))
 
 
 @pytest.mark.parametrize("damage", sorted(DAMAGES.keys() - {"missing piece"}))
@@ -145,9 +145,9 @@ def test_only_what_is_read_is_hashed(folder: Path) -> None:
     """So that a rank which needs a part of a file does not read all of it."""
     flip(folder / "step-000010" / EMA)
     stored = Stored.open(folder / "step-000010")
-    list(read_parameters(stored, model(), "weights"))
+    list(read_parameters(stored, model(), kind="weights"))
     with pytest.raises(CheckpointError, match=f"{EMA} is damaged"):
-        list(read_parameters(stored, model(), "ema"))
+        list(read_parameters(stored, model(), kind="ema"))
     assert newest(folder, kinds=["weights"])[0] == folder / "step-000010"
 
 
@@ -184,13 +184,13 @@ def test_a_checkpoint_of_another_model_is_refused_by_its_first_differences(
     folder: Path, other: nn.Module, message: str
 ) -> None:
     with pytest.raises(OtherRun, match=rf"step-000010 is of another model: .*{message}"):
-        list(read_parameters(Stored.open(folder / "step-000010"), other, "weights"))
+        list(read_parameters(Stored.open(folder / "step-000010"), other, kind="weights"))
 
 
 def test_a_frozen_parameter_is_no_part_of_a_checkpoint(folder: Path) -> None:
     larger = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(2, 2))
     larger[2].requires_grad_(False)
-    found = dict(read_parameters(Stored.open(folder / "step-000010"), larger, "ema"))
+    found = dict(read_parameters(Stored.open(folder / "step-000010"), larger, kind="ema"))
     assert len(found) == 4
 
 

@@ -29,7 +29,7 @@ def kill(case: Case, root: Path, phases: list[str], dice: random.Random) -> None
     figures = histories(case, root, kills)
     print(f"seed {SEED}; {name_of(case)}: {figures}")
     assert not figures.problems, "\n".join([f"seed {SEED}", *figures.problems])
-    assert figures.kills == len(phases)
+    assert figures.kills >= len(phases)
 
 
 @pytest.mark.parametrize("case", SHORT, ids=name_of)

@@ -48,7 +48,7 @@ def test_pieces_of_one_division_give_those_of_another(cut: Cut, parts: tuple[int
             found, filled = torch.full((target.count,), -1.0), 0
             for source in sources:
                 own = content(cut, whole, source)
-                for shared in overlaps(cut, source, target):
+                for shared in overlaps(cut, source=source, target=target):
                     shared.copy(own[slice(*shared.source)], found)
                     filled += shared.rows * (shared.source_columns[1] - shared.source_columns[0])
             assert torch.equal(found, content(cut, whole, target))

@@ -209,7 +209,7 @@ def digest_of(stored: Stored) -> str:
         for kind in sorted(stored.kinds(model)):
             for name in stored.cuts(model):
                 digest.update(f"{model} {kind} {name}".encode())
-                digest.update(stored.whole(kind, name, model).numpy().tobytes())
+                digest.update(stored.whole(kind, name, model=model).numpy().tobytes())
     return digest.hexdigest()
 
 
