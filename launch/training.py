@@ -77,7 +77,7 @@ def holding(folder: Path, mesh: ParallelMesh, *, job: str) -> Iterator[None]:
     if mesh.is_first:
         try:
             lease = Lease(folder, say=lambda text: print(text, file=sys.stderr, flush=True), job=job)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:  # or the others would wait for it
             taken = str(error)
     if taken := broadcast_object(taken, mesh.world):
         raise CheckpointError(taken)

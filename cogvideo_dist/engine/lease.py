@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import Any, TextIO
 
 from cogvideo_dist.engine.manifest import CheckpointError
 
@@ -43,8 +45,9 @@ class Lease:
     def release(self) -> None:
         self.stopped.set()
         self.thread.join()
-        if self._holder() == self.me:
-            self.path.unlink(missing_ok=True)
+        with self._locked():
+            if self._holder() == self.me:
+                self.path.unlink()
 
     def _holder(self) -> dict[str, Any] | None:
         return _read(self.path)
@@ -91,21 +94,26 @@ class Lease:
             return None
 
     def _take(self, dead: dict[str, Any] | None) -> None:
-        """Atomically, also if several try at once: whoever moves the dead one's file away and links its own is the holder."""
-        aside, gone = (self.path.with_name(f"{FILE}.{self.me['token']}{end}") for end in ("", ".dead"))
-        aside.write_text(json.dumps(self.me), encoding="utf-8")
-        try:
-            if dead is not None or self.path.exists():
-                self.path.rename(gone)
-                if _read(gone) != dead:  # somebody was faster
-                    gone.rename(self.path)
-                    raise FileExistsError
-            os.link(aside, self.path)
-        except (FileExistsError, FileNotFoundError):
-            raise CheckpointError(self._taken(self._holder() or self.me)) from None
-        finally:
-            aside.unlink()
-            gone.unlink(missing_ok=True)
+        """Whoever of several that start at once is the first to lock the file is the holder, the others find him in it."""
+        with self._locked() as file:
+            holder = self._holder()
+            if holder != dead:
+                raise CheckpointError(self._taken(holder or self.me))
+            file.truncate(0)
+            file.write(json.dumps(self.me))
+
+    @contextmanager
+    def _locked(self) -> Iterator[TextIO]:
+        """The file, which nobody else writes meanwhile; the lock ends with this process at the latest."""
+        while True:
+            with self.path.open("a", encoding="utf-8") as file:
+                with suppress(
+                    OSError
+                ):  # of file systems without locks; then only starts in the same moment are not told apart
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if self.path.exists() and self.path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    yield file
+                    return
 
     def _live(self) -> None:
         while not self.stopped.wait(BEAT_S):
