@@ -17,8 +17,10 @@ from cogvideo_dist.data.pool import WorkerError
 from cogvideo_dist.data.storage import StorageError
 from cogvideo_dist.engine.manifest import CheckpointError, SaveError
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, Place, start
+from launch.slurm.place import integer, place_of, read_task, refuse_contradiction
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+NAMES = (*RANKS, "MASTER_ADDR", "MASTER_PORT")
 
 REFUSED, NON_FINITE, TRANSIENT, UNSAVED, INTERRUPTED, FAILED = 78, 70, 76, 74, 130, 1
 """Exit codes: the configuration or checkpoint cannot be run; loss not finite; the storage does not answer or workers die, so
@@ -29,22 +31,42 @@ PATIENCE_S = 3.0
 
 
 def read_place() -> Place:
-    """This process's rank as ``deepspeed`` and ``torchrun`` announce it; without any announcement, a single process."""
-    given = [name for name in NAMES if name in os.environ]
+    """This process's rank as ``deepspeed``, ``torchrun`` or ``srun`` announces it; if none does, a single process."""
+    task, given = read_task(), [name for name in NAMES if name in os.environ]
+    if task is not None and not {*RANKS} & {*given}:
+        return place_of(task)
     if not given:
+        _refuse_unread_launchers()
         return Place()
     missing = [name for name in NAMES if name not in os.environ]
     if missing:
         raise ConfigError(
-            f"the environment sets {', '.join(given)} but not {', '.join(missing)}; start with deepspeed or torchrun, or unset "
-            "them to run one process"
+            f"the environment sets {', '.join(given)} but not {', '.join(missing)}; start with deepspeed, torchrun or srun, or "
+            "unset them to run one process"
         )
-    rank, world, local_rank, port = (_integer(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
+    rank, world, local_rank, port = (integer(name) for name in (*RANKS, "MASTER_PORT"))
+    # torchrun and deepspeed have each their word for the ranks of a node.
+    node = next((integer(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ), 1)
     if not 0 <= rank < world:
         raise ConfigError(f"RANK {rank} is not below WORLD_SIZE {world}")
-    # torchrun and deepspeed have each their word for the ranks of a node.
-    node = next((_integer(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ), 1)
-    return Place(rank, world, local_rank, f"{os.environ['MASTER_ADDR']}:{port}", node)
+    if not 0 <= local_rank < world:
+        raise ConfigError(f"LOCAL_RANK {local_rank} is not below WORLD_SIZE {world}")
+    if not 0 < port < 2**16 or not os.environ["MASTER_ADDR"]:
+        raise ConfigError(f"MASTER_ADDR {os.environ['MASTER_ADDR']!r} and MASTER_PORT {port} are no address to meet at")
+    place = Place(rank, world, local_rank, f"{os.environ['MASTER_ADDR']}:{port}", node)
+    if task is not None:
+        refuse_contradiction(place, task)
+    return place
+
+
+def _refuse_unread_launchers() -> None:
+    """Processes that would take themselves for the only one."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if name in os.environ and integer(name) > 1:
+            raise ConfigError(
+                f"mpirun started {os.environ[name]} processes ({name}) that would all do the same; start with deepspeed, "
+                "torchrun or srun"
+            )
 
 
 class Worker(NamedTuple):
@@ -71,11 +93,6 @@ def read_worker(task: int | None, tasks: int | None) -> Worker:
             f"{array.number} of {array.workers} (counted from 0); leave --task and --tasks out"
         )
     own, place = given or array or Worker(), read_place()
-    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and _integer("SLURM_STEP_NUM_TASKS") > 1:
-        raise ConfigError(
-            f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} processes that would all do the same; use an array, or start "
-            "torchrun with --ntasks-per-node=1"
-        )
     return Worker(own.number * place.world + place.rank, own.workers * place.world)
 
 
@@ -89,8 +106,8 @@ def _array_task() -> Worker | None:
         raise ConfigError(
             f"the environment sets SLURM_ARRAY_TASK_ID but not {missing}; give --task and --tasks instead"
         )
-    number, count, first, step = map(_integer, ARRAY)
-    last = _integer("SLURM_ARRAY_TASK_MAX") if "SLURM_ARRAY_TASK_MAX" in os.environ else first + (count - 1) * step
+    number, count, first, step = map(integer, ARRAY)
+    last = integer("SLURM_ARRAY_TASK_MAX") if "SLURM_ARRAY_TASK_MAX" in os.environ else first + (count - 1) * step
     if step < 1 or (last - first) // step + 1 != count or number not in range(first, last + 1, step):
         raise ConfigError(
             f"task {number} of a Slurm array of {count} tasks from {first} to {last} in steps of {step}: the numbers must be "
@@ -99,16 +116,17 @@ def _array_task() -> Worker | None:
     return Worker((number - first) // step, count)
 
 
-def _integer(name: str) -> int:
-    try:
-        return int(os.environ[name])
-    except ValueError:
-        raise ConfigError(f"environment variable {name} must be an integer, found {os.environ[name]!r}") from None
-
-
 def device_of(place: Place) -> torch.device:
     """This process's GPU; the CPU where there is none."""
-    return torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if place.local_rank >= (visible := torch.cuda.device_count()):
+        raise ConfigError(
+            f"rank {place.rank} is number {place.local_rank} on its node but sees {visible} GPU{'s' * (visible > 1)}; start at "
+            "most one rank for each, all of which every rank must see (with srun --gpus-per-node, without --gpus-per-task and "
+            "--gpu-bind)"
+        )
+    return torch.device("cuda", place.local_rank)
 
 
 def join(place: Place, layout: Layout | None = None) -> tuple[ParallelMesh, torch.device]:
@@ -166,7 +184,7 @@ def split_config(items: Sequence[str]) -> ConfigItems:
 
 def run_command(name: str, main: Callable[[], None]) -> None:
     """Run a command to its exit code; errors of the input end with one line, from one rank."""
-    rank = int(os.environ.get("RANK", "0")) if os.environ.get("RANK", "0").isdigit() else 0
+    rank = next((int(text) for name in ("RANK", "SLURM_PROCID") if (text := os.environ.get(name, "")).isdecimal()), 0)
     try:
         main()
     except KeyboardInterrupt:
