@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +98,8 @@ def replay(saving: Saving, root: Path, *, journal: list[Entry] | None = None, mo
                     seen[key] = f"error: {error}"
             if seen[key] not in allowed:
                 bad.append(f"after {place} of {len(journal)} operations: {seen[key]}")
+        if bad and journal is not saving.journal:
+            break  # one is enough to see that a protection is needed
         if place < len(journal):
             machine.do(journal[place])
     return len(seen), bad
@@ -116,3 +120,33 @@ def test_old_or_new_in_ten_thousand_states(tmp_path: Path, savings: dict[str, Sa
     print(f"{which}: {len(savings[which].journal)} operations, {states} states, {len(bad)} bad")
     assert bad == []
     assert states >= 4000
+
+
+def without(journal: list[Entry], action: str, name: str) -> list[Entry]:
+    """As if nothing had been synced whose name fits; syncing does nothing else, so that the rest is what would be done."""
+    return [entry for entry in journal if not (entry[0] == action and re.fullmatch(name, entry[1]))]
+
+
+def in_place(journal: list[Entry]) -> list[Entry]:
+    """As if files were written under the name that is read."""
+    named = [tuple(part.replace(".tmp-step", "step") for part in entry) for entry in journal]
+    return [entry for entry in named if not (entry[0] == "rename" and entry[1] == entry[2])]
+
+
+UNPROTECTED: dict[str, tuple[str, Callable[[list[Entry]], list[Entry]]]] = {
+    "shards are not synced": ("next", lambda journal: without(journal, "flush", r".*safetensors")),
+    "the manifest is not synced": ("next", lambda journal: without(journal, "flush", r".*manifest\.json")),
+    "names are not synced before the rename": ("next", lambda journal: without(journal, "sync", r".*\.tmp-step.*")),
+    "names are not synced after the rename": ("next", lambda journal: without(journal, "sync", "ckpt")),
+    "the folder of all is not synced": ("first", lambda journal: without(journal, "sync", "")),
+    "files are written in place": ("first", in_place),
+}
+
+
+@pytest.mark.parametrize("unprotected", UNPROTECTED)
+def test_every_sync_and_the_rename_are_needed(tmp_path: Path, savings: dict[str, Saving], unprotected: str) -> None:
+    which, change = UNPROTECTED[unprotected]
+    journal = change(savings[which].journal)
+    assert journal != savings[which].journal
+    _, bad = replay(savings[which], tmp_path, journal=journal, most=2)
+    assert bad
