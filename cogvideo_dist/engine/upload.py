@@ -86,6 +86,8 @@ def _claim(fs: Any, target: str, manifest: bytes) -> None:
     if _content(fs, f"{target}/{PARTIAL}") == manifest:
         return
     if fs.exists(target):  # of another run, or of this one before it went back to an older step
+        if fs.exists(f"{target}/{NAME}"):
+            fs.rm_file(f"{target}/{NAME}")  # first, since it says that all the others are there
         fs.rm(target, recursive=True)
     fs.makedirs(target, exist_ok=True)
     fs.pipe_file(f"{target}/{PARTIAL}", manifest)
