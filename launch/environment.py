@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import torch
 from cogvideo_dist.config.load import ConfigError
 from cogvideo_dist.data.pool import WorkerError
 from cogvideo_dist.data.storage import StorageError
+from cogvideo_dist.engine.ending import Stopped
 from cogvideo_dist.engine.manifest import CheckpointError, SaveError
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, Place, start
 from launch.slurm.place import integer, place_of, read_task, refuse_contradiction
@@ -22,9 +24,13 @@ from launch.slurm.place import integer, place_of, read_task, refuse_contradictio
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 NAMES = (*RANKS, "MASTER_ADDR", "MASTER_PORT")
 
-REFUSED, NON_FINITE, TRANSIENT, UNSAVED, INTERRUPTED, FAILED = 78, 70, 76, 74, 130, 1
-"""Exit codes: the configuration or checkpoint cannot be run; loss not finite; the storage does not answer or workers die, so
-that the same command may well succeed later; Ctrl-C; any other error of the user's input."""
+REFUSED, NON_FINITE, UNSAVED, STOPPED, TRANSIENT, INTERRUPTED, FAILED = 78, 70, 74, 75, 76, 130, 1
+"""Exit codes: the configuration or checkpoint cannot be run; loss not finite; checkpoints cannot be written; stopped as asked
+and saved; the storage does not answer, or workers or ranks die, so that the same command may well succeed later; Ctrl-C; any
+other error of the user's input."""
+
+LOST = re.compile(r"(closed|reset) by peer|Broken pipe|[Tt]imed out waiting|NCCL|connection refused", re.IGNORECASE)
+"""What a collective says when a rank that it waits for is gone."""
 
 PATIENCE_S = 3.0
 """How long other ranks hold back an error that the first rank will most likely report as well."""
@@ -171,6 +177,16 @@ def job_name() -> str:
     return os.environ.get("SLURM_JOB_ID", "")
 
 
+def job_end() -> float | None:
+    """When the scheduler ends this job, in seconds of the clock, if it says so."""
+    return float(integer("SLURM_JOB_END_TIME")) if "SLURM_JOB_END_TIME" in os.environ else None
+
+
+def restarts() -> int:
+    """How often the scheduler or launcher has started this job again."""
+    return sum(integer(name) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT") if name in os.environ)
+
+
 class ConfigItems(TypedDict):
     files: list[str]
     overrides: list[str]
@@ -187,18 +203,34 @@ def run_command(name: str, main: Callable[[], None]) -> None:
     rank = next((int(text) for name in ("RANK", "SLURM_PROCID") if (text := os.environ.get(name, "")).isdecimal()), 0)
     try:
         main()
-    except KeyboardInterrupt:
-        _leave(name, rank, "interrupted; start the same command again to go on from the last checkpoint", INTERRUPTED)
-    except (ConfigError, CheckpointError) as error:
-        _leave(name, rank, f"error: {error}", REFUSED)
-    except FloatingPointError as error:
-        _leave(name, rank, f"error: {error}", NON_FINITE)
-    except (StorageError, WorkerError) as error:
-        _leave(name, rank, f"error: {error}", FAILED if getattr(error, "missing", False) else TRANSIENT)
-    except SaveError as error:
-        _leave(name, rank, f"error: {error}", UNSAVED)
-    except (ValueError, OSError) as error:
-        _leave(name, rank, f"error: {error}", FAILED)
+    except KeyboardInterrupt as error:
+        _leave(
+            name, rank, "interrupted; start the same command again to go on from the last checkpoint", code_of(error)
+        )
+    except Stopped as error:
+        _leave(name, rank, str(error), code_of(error))
+    except (ValueError, OSError, FloatingPointError, WorkerError) as error:
+        _leave(name, rank, f"error: {error}", code_of(error))
+    except RuntimeError as error:
+        if code_of(error) != TRANSIENT:
+            raise
+        _leave(name, rank, f"error: another rank is gone: {error}; the last checkpoint stands", TRANSIENT)
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of a command that ends with ``error``."""
+    if isinstance(error, (StorageError, WorkerError)):
+        return FAILED if getattr(error, "missing", False) else TRANSIENT
+    for kinds, code in CODES:
+        if isinstance(error, kinds):
+            return code
+    return TRANSIENT if isinstance(error, RuntimeError) and LOST.search(str(error)) else FAILED
+
+
+CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (KeyboardInterrupt, INTERRUPTED), (Stopped, STOPPED), (ConfigError, REFUSED), (CheckpointError, REFUSED),
+    (FloatingPointError, NON_FINITE), (SaveError, UNSAVED),
+)  # fmt: skip
 
 
 def _leave(name: str, rank: int, text: str, code: int) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,29 +23,37 @@ from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.parallel.ops import broadcast_object
 from cogvideo_dist.protocols import Task
 from launch.compose import RankData, data_facts, note_data, prepare_folder
-from launch.environment import job_name
+from launch.environment import code_of, job_end, job_name
+from launch.stopping import Stopping
 
 
 @dataclass(frozen=True)
 class Start:
     """How this start of a run differs from others: ``new_data`` allows data that is not what it began with, ``checkpoint`` is
-    the one that it is to go on from instead of its newest, ``job`` the scheduler's name for it."""
+    the one that it is to go on from instead of its newest, ``job`` the scheduler's name for it, ``stopping`` whether
+    it is to end early."""
 
     new_data: bool = False
     checkpoint: str | None = None
     job: str = ""
+    stopping: Stopping = field(default_factory=Stopping)
     lineage: Lineage = field(default_factory=Lineage)
 
 
 def start_of(options: argparse.Namespace) -> Start:
-    """As the command line and the scheduler say."""
-    return Start(options.new_data, options.checkpoint, job_name())
+    """As the command line and the scheduler say; from now on signals are listened to."""
+    stopping = Stopping(job_end())
+    stopping.listen()
+    return Start(options.new_data, options.checkpoint, job_name(), stopping)
 
 
 def run_training(config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: ParallelMesh, start: Start) -> None:
     """From the run's folder to its last step."""
     try:
-        with holding(Path(config.run.dir), mesh, job=start.job):
+        with (
+            holding(Path(config.run.dir), mesh, job=start.job),
+            noting_the_end(Path(config.run.dir), mesh, job=start.job),
+        ):
             _run(config, task, data=data, mesh=mesh, start=start)
     finally:
         data.loader.close()
@@ -65,7 +74,9 @@ def _run(config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: ParallelM
         "data": data_facts(config.data, data.plan.catalog),
     }
     origin = Origin(start.lineage, start.checkpoint, facts)
-    Trainer(config, task, batches=data, mesh=mesh, data_limits=limits, origin=origin).run()
+    Trainer(
+        config, task, batches=data, mesh=mesh, data_limits=limits, origin=origin, stop=start.stopping.reason
+    ).run()  # fmt: skip
     if mesh.is_first:
         note_data(config, data.plan, drawn=data.plan.seen(config.train.steps))
 
@@ -86,3 +97,26 @@ def holding(folder: Path, mesh: ParallelMesh, *, job: str) -> Iterator[None]:
     finally:
         if lease:
             lease.release()
+
+
+STATUS = "exit_status.json"
+"""In a run's folder: how its last start ended, since launchers lose exit codes."""
+
+
+@contextmanager
+def noting_the_end(folder: Path, mesh: ParallelMesh, *, job: str) -> Iterator[None]:
+    """Write how the block ends, with the command's exit code, to ``STATUS``; while it runs there is none."""
+    if not mesh.is_first:
+        yield
+        return
+    (folder / STATUS).unlink(missing_ok=True)
+    code, reason = 0, "the run is at its end"
+    try:
+        yield
+    except BaseException as error:
+        code, reason = code_of(error), " ".join(str(error).split()) or type(error).__name__
+        raise
+    finally:
+        status = {"code": code, "reason": reason, "job": job, "time": time.time()}
+        with suppress(OSError), replacing(folder / STATUS) as temporary:  # a full disk has said so
+            temporary.write_text(json.dumps(status), encoding="utf-8")

@@ -55,6 +55,7 @@ POSITIONAL = {
     "norm_affine": "the operands of a formula, in its order",
     "normed_heads": "the operands of a formula, in its order",
     "Block.__init__": "the model's three arguments, as its constructor has them",
+    "upload": "what, by which file system and to where",
     "write_tensors": "a file, what lies in it and the values",
     "public_sample.look": "as diffusers calls it",
     "SequenceShard.attend": "q, k, v, as everywhere",

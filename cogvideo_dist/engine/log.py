@@ -37,6 +37,10 @@ class Meter:
         held = self.sums.get(name, [0.0, 0.0])
         self.sums[name] = [held[0] + pair[0], held[1] + pair[1]]
 
+    def restore(self, sums: Mapping[str, Sequence[float]], *, mine: bool) -> None:
+        """Go on from ``sums`` that were reduced; one rank has them (``mine``), others none, under the same names."""
+        self.sums = {name: [float(value) * mine, float(weight) * mine] for name, (value, weight) in sums.items()}
+
     def reduce(self, axis: Axis, device: torch.device) -> dict[str, tuple[float, float]]:
         """(sum, weight) by name over all ranks, each of which must have added the same names; empties the meter."""
         names = sorted(self.sums)

@@ -1,6 +1,7 @@
 """What a checkpoint says of itself: ``manifest.json``.
 
     format, step, seed, samples, bad, scaler       the run's place; ``samples`` clips were seen, ``bad`` of them replaced
+    meter                                          name -> [sum, weight] of what is not reported yet
     about, lineage                                 of which model and run, and the stages before it
     facts                                          configuration and its digest, versions, layout, data, held-out losses
     tensors   model -> name -> [shape, split]      whole shapes; split: [dimension, stacked parts] or null
@@ -58,6 +59,7 @@ class Manifest(TypedDict):
     about: dict[str, Any]
     scaler: dict[str, float]
     lineage: list[dict[str, Any]]
+    meter: dict[str, tuple[float, float]]
     facts: dict[str, Any]
     tensors: dict[str, dict[str, tuple[list[NonNegativeInt], tuple[NonNegativeInt, NonNegativeInt] | None]]]
     writers: list[Writer]
@@ -82,8 +84,8 @@ class OtherRun(CheckpointError):
 @dataclass(frozen=True)
 class Saved:
     """What a checkpoint holds beside tensors: ``step`` updates were made on ``samples`` clips, of which ``bad`` took the place
-    of others; ``about`` tells of which run and model, ``lineage`` of the stages before it, ``facts`` what else is worth
-    knowing."""
+    of others; ``about`` tells of which run and model, ``lineage`` of the stages before it, ``meter`` is what was
+    measured since the last report, ``facts`` what else is worth knowing."""
 
     step: int
     seed: int
@@ -92,6 +94,7 @@ class Saved:
     samples: int = 0
     bad: int = 0
     lineage: Sequence[Mapping[str, Any]] = ()
+    meter: Mapping[str, Sequence[float]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
@@ -172,7 +175,7 @@ def migrated(path: Path, old: dict[str, Any]) -> Manifest:
     }
     kept = {key: old[key] for key in ("step", "seed", "about", "scaler")}
     # those that were made before lineages were kept lack both
-    later = {"samples": old.get("samples", 0), "lineage": old.get("lineage", []), "bad": 0, "facts": {}}
+    later = {"samples": old.get("samples", 0), "lineage": old.get("lineage", []), "bad": 0, "facts": {}, "meter": {}}
     writers = [{"slice": [0, 1], "pieces": pieces}]
     return _checked(path / NAME, {**kept, **later, "tensors": tensors, "writers": writers, "files": found})
 

@@ -83,7 +83,7 @@ class Saver:
         self.folder, self.policy, self.mesh, self.say = folder, policy, mesh, say
         self.flying: Flight | None = None
         self.failures = 0
-        self.stall_s = 0.0  # of the last save
+        self.stall_s = self.took_s = 0.0  # of the last save: until the training could go on, until it was committed
         self.host: dict[str, Tensor] = {}  # kept from save to save: memory's first touch costs as much as the copy
         self.hands = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         uploads = policy.upload is not None and mesh.is_first
@@ -162,7 +162,7 @@ class Saver:
             job = self._commit if self.mesh.is_first else _nothing
             flight.work = self.hands.submit(job, flight)
         else:
-            self.flying, self.failures = None, 0
+            self.flying, self.failures, self.took_s = None, 0, time.monotonic() - flight.began
             for warning in outcomes[0]["warnings"]:
                 self.say(f"warning: {warning}")
             if self.uploader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ import torch
 
 from cogvideo_dist.config.schema import Checkpoint, Log, Run, Train, Validation
 from cogvideo_dist.engine.checkpoint import Stored
+from cogvideo_dist.engine.ending import Stopped
 from cogvideo_dist.engine.flops import peak_flops
 from cogvideo_dist.engine.lineage import Lineage
 from cogvideo_dist.engine.log import Meter, RunLog, means, peak_memory
@@ -21,6 +22,7 @@ from cogvideo_dist.engine.player import Player
 from cogvideo_dist.engine.restoring import restore_newest
 from cogvideo_dist.engine.saving import Saver
 from cogvideo_dist.engine.zero import DEEPSPEED, Engine
+from cogvideo_dist.parallel.ballot import Ballot
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.parallel.ops import gather_objects
 from cogvideo_dist.protocols import Batch, Defect, Learner, Task
@@ -49,12 +51,16 @@ class Settings(Protocol):
     def validation(self) -> Validation: ...
 
 
+ELAPSED, LISTED = "elapsed", "listed"
+"""Among what is not reported yet: seconds of steps, and samples that were replaced and used in part."""
+
+
 class Trainer:
     """One run of one task on one mesh, from its newest checkpoint (or from the start) to its last step."""
 
     def __init__(
         self, settings: Settings, task: Task, *, batches: Batches, mesh: ParallelMesh, data_limits: DataLimits,
-        origin: Origin | None = None,
+        origin: Origin | None = None, stop: Stop | None = None,
     ) -> None:  # fmt: skip
         self.settings, self.task, self.batches, self.mesh = settings, task, batches, mesh
         self.origin, self.samples = origin or Origin(), 0
@@ -63,21 +69,27 @@ class Trainer:
         own = Learner("", task.model, settings.train, task.loss)
         self.players = [Player(learner, self._engine(learner)) for learner in (own, *task.rivals(settings.train))]
         self.engine = self.players[0].engine
+        self.meter = Meter()
+        self.unreported: Mapping[str, Sequence[float]] = {}  # by an earlier start, which was stopped
         self.first_step, problems = self._restore()
         self.log = RunLog(self.folder, first_step=self.first_step, steps=settings.train.steps, speaks=mesh.is_first)
         for problem in problems:
             self.log.say(f"warning: going on from step {self.first_step}: {problem}")
         self.saver = Saver(self.folder / "ckpt", settings.checkpoint, mesh=mesh, say=self.log.say)
+        self.stop, self.ballot = stop or _never, Ballot(mesh.world, self.engine.device)
+        self.longest_s = 0.0  # of all steps
         self.held_out: dict[str, float] = {}
         self.judged = -1  # after which step
-        self.meter = Meter()
         self.defects: list[Defect] = []  # samples that others replaced
         self.noticed: list[Defect] = []
         self.peak = peak_flops(self.engine.device, settings.log.peak_tflops) * mesh.world.size
         self.speaks_for_sample = mesh.sample.rank == 0
 
     def run(self) -> None:
-        """Train to the end. Held-out loss is taken before the first step, when due, and after the last."""
+        """Train to the end. Held-out loss is taken before the first step, when due, and after the last.
+
+        Raises ``Stopped`` after the step in which all ranks know that one of them is to stop, once that step is saved.
+        """
         ended = False
         try:
             self._run()
@@ -95,26 +107,41 @@ class Trainer:
         if self.first_step == 0:
             self.validate(0)
         batches = self.batches.iterate(self.first_step)
-        self.since = time.monotonic()
+        self.since = time.monotonic() - self.unreported.get(ELAPSED, (0.0,))[0]
         for step in range(self.first_step, steps):
+            began = time.monotonic()
             self._step(step, batches)
+            self.longest_s = max(self.longest_s, time.monotonic() - began)
             self.saver.poll()
             done = step + 1
+            (stopping,) = self.ballot.turn((bool(self._stop_reason()),))
             last = done == steps
-            saving = last or done % self.settings.checkpoint.every == 0
+            saving = last or stopping or done % self.settings.checkpoint.every == 0
             # What is saved has been seen to be finite, and an interrupted run reports over the same steps as a whole one.
-            if saving or done % self.settings.log.every == 0:
+            unreported: dict[str, tuple[float, float]] = {}
+            if last or done % self.settings.checkpoint.every == 0 or done % self.settings.log.every == 0:
                 self._report(done)
+            elif stopping:
+                unreported = self._unreported(done)
             begun = time.monotonic()
             if last or _due(done, self.settings.validation.every):
                 self.validate(done)
             if last or _due(done, self.settings.validation.samples_every):
                 self.show(done)
-            if last:
+            if last or stopping:
                 self.saver.finish()  # the last one is not skipped because another is being written
             if saving:
-                self.save(done)
+                self.save(done, unreported)
             self.since += time.monotonic() - begun  # judging and saving are no part of the steps' time
+            if stopping and not last:
+                self.saver.end()
+                reason = self._stop_reason() or "another rank was told to"
+                raise Stopped(
+                    f"stopped after step {done}, which is saved: {reason}; the same command goes on from there"
+                )
+
+    def _stop_reason(self) -> str:
+        return self.stop(pace_s=self.longest_s + self.saver.took_s)
 
     def _engine(self, learner: Learner) -> Engine:
         return Engine(learner.model, learner.train, mesh=self.mesh, micro_steps=self.limits.micro_steps)
@@ -126,8 +153,12 @@ class Trainer:
         )
         if stored is None:
             return 0, []
-        self.samples, self.limits.samples = stored.saved.samples, stored.saved.samples
-        self.limits.bad = stored.saved.bad
+        self.limits.bad, self.unreported = stored.saved.bad, stored.saved.meter
+        self.meter.restore(
+            {name: pair for name, pair in self.unreported.items() if name not in (ELAPSED, LISTED)},
+            mine=self.mesh.is_first,
+        )
+        self.samples = self.limits.samples = stored.saved.samples - self._carried("samples")
         return stored.saved.step, problems
 
     def _take_up(self, stored: Stored) -> None:
@@ -179,7 +210,7 @@ class Trainer:
         tokens, samples = sums.pop("tokens"), sums.pop("samples")
         flops, wait = sums.pop("flops")[0], sums.pop("time/loader_wait")[0]
         self.samples += int(samples[0])
-        replaced, partial = self._list_defects()
+        replaced, partial = map(sum, zip(self._list_defects(), map(int, self.unreported.get(LISTED, (0, 0)))))
         averages = means(sums)
         values = {
             **self._learned(done, averages),
@@ -195,9 +226,10 @@ class Trainer:
             "data/replaced_samples": replaced,
             "data/partial_samples": partial,
             "memory/peak_gib": max(gather_objects(peak_memory(device), self.mesh.world)) / 2**30,
-            **self._traffic(steps),
+            **self._traffic(steps - self._carried("steps") / self.mesh.world.size),
             **averages,
         }
+        self.unreported = {}
         self.log.scalars(done, values)
         self.log.progress(
             done,
@@ -206,6 +238,18 @@ class Trainer:
             mfu=f"{values['throughput/mfu']:.0%}",
         )
         self._check_data(int(samples[0]), replaced)
+
+    def _carried(self, name: str) -> int:
+        """What an earlier start had metered and not reported."""
+        return int(self.unreported.get(name, (0.0, 0.0))[0])
+
+    def _unreported(self, done: int) -> dict[str, tuple[float, float]]:
+        """What was metered since the last report, over all ranks, for whoever goes on from here; the losses are finite."""
+        sums = self.meter.reduce(self.mesh.world, self.engine.device)
+        self._learned(done, means(sums))
+        self.samples += int(sums["samples"][0])
+        replaced, partial = self._list_defects()
+        return {**sums, ELAPSED: (time.monotonic() - self.since, 0.0), LISTED: (replaced, partial)}
 
     def _learned(self, done: int, averages: dict[str, float]) -> dict[str, float]:
         """Each model's loss, which must be finite, learning rate and gradient norm."""
@@ -281,13 +325,14 @@ class Trainer:
             self.log.pictures(done, self.task.pictures(self.engine.forward))
         self.engine.model.train()
 
-    def save(self, done: int) -> None:
+    def save(self, done: int, unreported: Mapping[str, tuple[float, float]]) -> None:
+        """``unreported``: what was metered since the last report."""
         scaler: dict[str, float] = {}
         for player in self.players:
             scaler |= player.scaler()
         saved = Saved(
             done, self.settings.run.seed, self._about(), scaler, samples=self.samples, bad=self.limits.bad,
-            lineage=self.origin.lineage.plain(), facts=self._facts(done),
+            lineage=self.origin.lineage.plain(), meter=unreported, facts=self._facts(done),
         )  # fmt: skip
         self.saver.save(saved, [player.state(done) for player in self.players])
 
@@ -305,6 +350,16 @@ class Trainer:
 
     def _about(self) -> dict[str, Any]:
         return {"seed": self.settings.run.seed, **self.task.fingerprint()}
+
+
+class Stop(Protocol):
+    """Why this rank is to stop, empty if it is not; ``pace_s``: seconds that a step and a save take."""
+
+    def __call__(self, *, pace_s: float) -> str: ...
+
+
+def _never(*, pace_s: float) -> str:
+    return ""
 
 
 @dataclass(frozen=True)

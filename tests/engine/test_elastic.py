@@ -64,7 +64,7 @@ def player_of(mesh: ParallelMesh, way: Way) -> Player:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05)  # opens the gates, so that every parameter has a gradient
-    engine = Engine(model, train, mesh=mesh, micro_steps=PACKS // mesh.dp.size or 1)
+    engine = Engine(model, train, mesh=mesh, micro_steps=-(-PACKS // mesh.dp.size))
     return Player(Learner("", model, train, lambda *_: NotImplemented), engine)
 
 

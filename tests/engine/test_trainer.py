@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cogvideo_dist.config.schema import Checkpoint, Log, Run, Train, Validation
 from cogvideo_dist.engine.checkpoint import newest
+from cogvideo_dist.engine.ending import Stopped
 from cogvideo_dist.engine.log import Meter, RunLog, means
 from cogvideo_dist.engine.optim import learning_rate
 from cogvideo_dist.engine.trainer import DataLimits, Trainer
@@ -159,6 +160,42 @@ def run(
     except (FloatingPointError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def stopped(mesh: ParallelMesh, config: Settings, after: int) -> str:
+    """A run whose last rank is told to stop while it makes step ``after``; how it ended."""
+    limits, asked = DataLimits(micro_steps=PACKS // mesh.dp.size, tokens_per_pack=2, max_bad_share=0.9), count(1)
+
+    def stop(*, pace_s: float) -> str:
+        assert pace_s > 0
+        return "SIGUSR1" if mesh.world.rank == mesh.world.size - 1 and next(asked) >= after else ""
+
+    try:
+        Trainer(config, Slope(), batches=ToBe(mesh), mesh=mesh, data_limits=limits, stop=stop).run()
+    except Stopped as error:
+        return str(error)
+    return "to its end"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_ranks_stop_after_the_same_step_with_nothing_lost(tmp_path: Path, ranks: int, asynchronous: bool) -> None:
+    """One of them is told; all know it one step later, save that and leave. The next start goes on bitwise."""
+    whole, broken = (settings(tmp_path / name, save=4, steps=9, every=3) for name in ("whole", "broken"))
+    policy = replace(broken.checkpoint, asynchronous=asynchronous)
+    run_ranks(run, ranks, whole)
+    for after, ends in ((1, "after step 2,"), (2, "after step 5,")):  # counted from each start
+        found = run_ranks(stopped, ranks, replace(broken, checkpoint=policy), after)
+        assert all(ends in text for text in found)
+        assert "SIGUSR1" in found[-1]
+        assert ranks == 1 or "another rank was told to" in found[0]
+    assert run_ranks(stopped, ranks, replace(broken, checkpoint=policy), 4) == ["to its end"] * ranks, "at the last step"
+    figures = ("step", "loss", "gradient_norm", "learning_rate", "number", "data/samples", "lineage/samples")
+    runs = [
+        [{key: entry.get(key) for key in figures} for entry in entries(tmp_path / name) if "loss" in entry]
+        for name in ("whole", "broken")
+    ]
+    assert runs[0] == runs[1]
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:

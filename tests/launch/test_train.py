@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -94,6 +95,27 @@ def test_an_interrupted_and_a_killed_run_continue_bitwise(world: World, whole: P
     code, _, stderr = finish(start("python", arguments))
     assert code == 0, stderr
     assert (run / "log.jsonl").read_text().startswith(before), "steps before the checkpoint are not taken again"
+    assert_bitwise(run, whole)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.long)])
+def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_bitwise(world: World, whole: Path, name: str) -> None:
+    """In the middle of an interval: nothing is lost, and what was not reported yet is reported as in the whole run."""
+    run = world.root / f"asked-{name}"
+    arguments = [str(world.file), *world.overrides(run, *FREQUENT)]
+    code, _, stderr = finish(start("python", arguments, script=ending(CALLS + 1, name)))
+    assert code == 75
+    line = stderr.splitlines()[-1]
+    assert line.startswith("train_dit: stopped after step ")
+    assert line.endswith(f", which is saved: {name}; the same command goes on from there")
+    status = json.loads((run / "exit_status.json").read_text())
+    assert (status["code"], name in status["reason"]) == (75, True)
+    path, _ = newest(run / "ckpt")
+    assert path is not None
+    assert path.name.removeprefix("step-").lstrip("0") == line.split()[4].rstrip(",")
+    code, _, stderr = finish(start("python", arguments))
+    assert code == 0, stderr
+    assert json.loads((run / "exit_status.json").read_text())["code"] == 0
     assert_bitwise(run, whole)
 
 

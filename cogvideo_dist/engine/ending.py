@@ -1,0 +1,7 @@
+"""How a run ends before its end."""
+
+from __future__ import annotations
+
+
+class Stopped(Exception):
+    """A run was asked to stop, and has: its last step is saved, and the same command goes on from there."""
