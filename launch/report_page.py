@@ -58,6 +58,7 @@ margin-right:14px}
 .chart{margin:0;min-width:0;display:flex;flex-direction:column}.chart>svg{margin-top:auto}.wide-chart{grid-column:1/-1}
 @media(max-width:820px){.charts{grid-template-columns:minmax(0,1fr)}}
 .chart>svg{cursor:crosshair;touch-action:pan-y;user-select:none}
+.plot{overflow:visible}.zoomed .plot{overflow:hidden}
 .plot path{fill:none;stroke:currentColor;stroke-width:1.6;vector-effect:non-scaling-stroke;stroke-linejoin:round}
 .plot .band{fill:currentColor;stroke:none;opacity:.18}.plot .faint{stroke-width:1;opacity:.4}.plot .bold{stroke-width:2.4}
 .plot .dots{stroke-width:6;stroke-linecap:round}.plot .start{stroke-dasharray:4 4;stroke-width:1.2;opacity:.8}
@@ -110,30 +111,32 @@ class Charts:
 
 
 def page(runs: Sequence[RunFacts], films: Sequence[Sequence[Shown]]) -> str:
-    charts, sections = Charts(max(run.last_step for run in runs)), charts_by_section(runs)
+    charts, by_section = Charts(max(run.last_step for run in runs)), charts_by_section(runs)
 
     def drawn(section: str) -> str:
-        return charts.grid(sections.get(section, []))
+        return charts.grid(by_section.get(section, []))
 
-    parts = [
-        _section(LOSS, drawn(LOSS), HINT),
-        _section("Samples", _films(runs, films), f"the newest step first; of a step {NAMES} videos at most"),
-        *(_section(title, drawn(title)) for title in (OPTIMIZER, SPEED, MEMORY)),
-        _section(TRAFFIC, drawn(TRAFFIC) + _traffic(runs)),
-        _section("Checkpoints", charts.grid(checkpoint_charts(runs)) + _each(runs, _saves)),
-        _section("Starts", _each(runs, _starts), "lost: steps that were logged before and are made again"),
-        _section(DATA, drawn(DATA) + _each(runs, _defects)),
-        _section("Where it comes from", _each(runs, _origin)),
-        _section(OTHERS, drawn(OTHERS)),
-        _section("Configuration", _differences(runs) + _each(runs, _config)),
+    sections = [
+        (LOSS, drawn(LOSS), HINT),
+        ("Samples", _films(runs, films), f"the newest step first; of a step {NAMES} videos at most"),
+        *((title, drawn(title), "") for title in (OPTIMIZER, SPEED, MEMORY)),
+        (TRAFFIC, drawn(TRAFFIC) + _traffic(runs), ""),
+        ("Checkpoints", charts.grid(checkpoint_charts(runs)) + _each(runs, _saves), ""),
+        ("Starts", _each(runs, _starts), "lost: steps that were logged before and are made again"),
+        (DATA, drawn(DATA) + _each(runs, _defects), ""),
+        ("Where it comes from", _each(runs, _origin), ""),
+        (OTHERS, drawn(OTHERS), ""),
+        ("Configuration", _differences(runs) + _each(runs, _config), ""),
     ]
+    there = [(title, content, note) for title, content, note in sections if content]
+    links = "".join(f'<a href="#{_anchor(title)}">{title}</a>' for title, *_ in there)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{_text("Training: " + ", ".join(run.label for run in runs))}</title><style>{STYLE}{LOOK}</style>
 </head><body><main>
-<header><h1>Training report</h1>{_head(runs)}{_problems(runs)}</header>
-{"".join(parts)}
+<header><h1>Training report</h1>{_head(runs)}<nav>{links}</nav>{_problems(runs)}</header>
+{"".join(_section(title, content, note) for title, content, note in there)}
 </main><button type="button" id="reset" hidden></button>
 <script type="application/json" id="data">{charts.data()}</script>
 <script>{SCRIPT}</script>
@@ -152,9 +155,13 @@ def _text(text: object) -> str:
     return escape(_plain(text))
 
 
-def _section(title: str, content: str, note: str = "") -> str:
+def _section(title: str, content: str, note: str) -> str:
     quiet = f'<p class="quiet">{_text(note)}</p>' if note else ""
-    return f"<section><h2>{_text(title)}</h2>{quiet}{content}</section>" if content else ""
+    return f'<section id="{_anchor(title)}"><h2>{_text(title)}</h2>{quiet}{content}</section>'
+
+
+def _anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")
 
 
 def _each(runs: Sequence[RunFacts], part: Callable[[RunFacts], str]) -> str:
@@ -256,7 +263,7 @@ def _films(runs: Sequence[RunFacts], films: Sequence[Sequence[Shown]]) -> str:
 
 
 def _film(each: Shown, *, of: str) -> str:
-    place = f"<figcaption>{_text(of)}step {each.film.step}</figcaption>"
+    place = f"<figcaption>{_text(f'{of}step {each.film.step}')}</figcaption>"
     if each.why:
         return (
             f'<figure><p class="quiet">{_text(each.film.path)} is not embedded: {_text(each.why)}</p>{place}</figure>'

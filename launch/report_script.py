@@ -183,6 +183,7 @@ class Chart {
 function look(range) {
   view = range;
   reset.hidden = range[0] === 0 && range[1] === end;
+  document.body.classList.toggle("zoomed", !reset.hidden);
   reset.textContent = `steps ${Math.round(range[0])} to ${Math.round(range[1])}: show all`;
   for (const chart of charts) chart.draw();
 }
