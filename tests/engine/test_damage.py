@@ -47,9 +47,8 @@ def cut(path: Path) -> None:
 
 FILES = [
     f"{model}{kind}-0000{rank}.safetensors"
-    for model in ("", "second.")
+    for model, rank in (("", 1), ("second.", 0))
     for kind in ("weights", "exp_avg", "exp_avg_sq", "ema")
-    for rank in (0, 1)
 ]
 DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     **{f"a bit of {name}": (name, flip) for name in (*FILES, "manifest.json")},

@@ -198,7 +198,7 @@ def race(folder: Path, tries: int, starters: int) -> list[str]:
 
 
 @pytest.mark.parametrize("before", ["nothing", "a dead job", "a torn lease"])
-@pytest.mark.parametrize(("tries", "starters"), [(40, 2), pytest.param(300, 5, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("tries", "starters"), [(15, 2), pytest.param(300, 5, marks=pytest.mark.long)])
 def test_of_several_that_start_at_once_one_wins(
     tmp_path: Path, dead: int, before: str, tries: int, starters: int
 ) -> None:

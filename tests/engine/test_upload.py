@@ -137,6 +137,7 @@ def kill_upload(checkpoint: Path, url: str, *, last: int) -> None:
     assert process.returncode == -signal.SIGKILL, process.stderr
 
 
+@pytest.mark.parametrize("place", ["folder", pytest.param("s3", marks=pytest.mark.long)], indirect=True)
 def test_what_was_sent_before_a_kill_is_not_sent_again(
     place: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

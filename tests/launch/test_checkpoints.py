@@ -77,6 +77,7 @@ def test_three_checkpoints_in_a_row_that_cannot_be_written_end_the_run_with_74(w
     assert list((tmp_path / "run" / "ckpt").glob("*step*")) == []
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_that_was_asked_for_is_refused_with_78(
     world: World, finished: Path, tmp_path: Path
 ) -> None:
@@ -120,6 +121,7 @@ def test_a_folder_that_another_job_works_in_is_refused_with_78(world: World, tmp
     assert [path.name for path in run.iterdir()] == [FILE]
 
 
+@pytest.mark.long
 def test_a_folder_that_cannot_be_written_is_refused_by_every_rank(world: World) -> None:
     codes, errors = start(world, Path("/proc/run"))
     assert codes == [78, 78]
