@@ -178,7 +178,7 @@ def test_three_in_a_row_end_the_run_on_every_rank(tmp_path: Path, late: bool) ->
         assert error.startswith("SaveError: 3 checkpoints in a row could not be written, the last because of rank 1: ")
         assert f"the last committed one in {tmp_path / 'ckpt'} stands" in error
     assert committed(tmp_path) == [2]
-    assert witness(tmp_path)[-1]["step"] in (8, 9)
+    assert witness(tmp_path)[-1]["step"] in range(8, 11), "at the latest when the next save begins"
 
 
 def test_the_last_checkpoint_must_be_written(tmp_path: Path) -> None:
