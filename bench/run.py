@@ -1,6 +1,6 @@
 """make bench: the transformer and the VAE against diffusers, and parallelism against DeepSpeed and torch, on the CPU.
 
-    python bench/run.py [--only dit zero] [--out docs/benchmarks]        # under 12 minutes on two quiet cores
+    python bench/run.py [--only dit zero] [--out docs/benchmarks]        # under 15 minutes on two quiet cores
 
 Writes cpu.json (everything measured) and cpu.md (the table, the machine and the versions).
 """
@@ -18,12 +18,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import dit, loader, packing, parallel, parallel_block, vae, vae_cp, zero
+from bench import dit, loader, packing, parallel, parallel_block, saving, vae, vae_cp, zero
 from bench.record import FOLDER, QUIET_LOAD, ROOT, Report, environment, table, write
 
 BENCHMARKS = {
     "dit": dit.rows, "vae": vae.rows, "vae_cp": vae_cp.rows, "parallel": parallel.rows,
     "parallel_block": parallel_block.rows, "zero": zero.rows, "packing": packing.rows, "loader": loader.rows,
+    "saving": saving.rows,
 }  # fmt: skip
 # Otherwise the time of a step depends on which blocks the C library gave back to the kernel before it, ours or the peer's.
 KEEP_FREED_BLOCKS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
@@ -41,6 +42,7 @@ METHOD = (
     "packing: the budget of every pack counts as total; costs are those of the 5B model; rivals on a tenth of the clips; the "
     "figure is packing.png",
     "loader: two processes a side; its own are running already, as in training, and the peers' start with the run",
+    "checkpoints: the second of two saves of each side, in one process; ours are hashed and synced, torch's are synced",
     "nine tenths of the transformer's step are matrix products and attention that both sides share, and a quarter of the "
     "checkpointed peer's is made a second time, of which ours repeats the linears alone: its ratios stay near 1 and 1.2",
 )

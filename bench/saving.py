@@ -106,10 +106,8 @@ def theirs(state: dict[str, dict[str, Tensor]], folder: Path, *, asynchronous: b
     return found
 
 
-def bench_saving(config: DiTConfig, folder: Path) -> dict[str, Any]:
+def bench_saving(config: DiTConfig, folder: Path, *, mesh: ParallelMesh) -> dict[str, Any]:
     """Ready for JSON."""
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-    mesh = start(Place(), device=torch.device("cpu"))
     player = trained(config, mesh)
     count = sum(p.numel() for p in player.engine.names.values())
     state: dict[str, dict[str, Tensor]] = {
@@ -145,8 +143,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="on the disk that is to be measured; left out, the temporary one")
     args = parser.parse_args()
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    mesh = start(Place(), device=torch.device("cpu"))
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        print(json.dumps(bench_saving(CONFIG, Path(folder))))
+        print(json.dumps(bench_saving(CONFIG, Path(folder), mesh=mesh)))
 
 
 if __name__ == "__main__":
