@@ -107,6 +107,8 @@ def parser() -> argparse.ArgumentParser:
 
 def script(options: argparse.Namespace, behind: Sequence[str], *, folder: Path) -> str:
     """The job's text; ``behind``: further arguments of its command, which runs in ``folder``. Raises ``ConfigError``."""
+    if empty := [name for name, value in vars(options).items() if value == [] and name != "config"]:
+        raise ConfigError(f"--{empty[0]} must not be --")  # which argparse takes for a separator
     kind: Kind = options.job or ("encode" if options.array else "train")
     ranks = options.ranks_per_node or options.gpus_per_node or 1
     values = {
