@@ -4,8 +4,8 @@ Assumptions. Packs are full of the size that costs most a token, so times are up
 attention at ``ATTENTION`` (launch/compose.py), a backward of attention makes its scores again (2.5 forwards), everything
 elementwise takes ``ELEMENTWISE`` more, and nothing that is sent hides behind anything that is computed. Every rank of a sample
 encodes the whole sample. A layer keeps ``KEPT`` bytes for the backward of each token and hidden element in 16 bits, and its
-backward needs ``WORKING`` more; the optimizer's temporaries come when activations are gone. Left out: the embeddings and the
-head (under 1 % of the work), the low-rank products that adapters keep (3 % of activations at rank 128), the loader, and what
+backward needs ``WORKING`` more; gradients and their copies are those of DeepSpeed 0.19. Left out: the embeddings and the head
+(under 1 % of the work), the low-rank products that adapters keep (3 % of activations at rank 128), the loader, and what
 the allocator loses to fragments, for which a tenth of the card should stay free. Nothing here is measured on a GPU.
 """
 
@@ -13,20 +13,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 
 from cogvideo_dist.config.adaptation import LoRA
 from cogvideo_dist.config.load import load_config
-from cogvideo_dist.config.schema import DiTRun, Frozen, Size
+from cogvideo_dist.config.schema import DiTRun, Frozen, Size, Train
 from cogvideo_dist.data.loader import check_ranks
 from cogvideo_dist.models.dit import DiT
 from cogvideo_dist.models.lora import adapt, is_adapter
 from cogvideo_dist.models.presets import DiTConfig
 from cogvideo_dist.parallel.mesh import Axis, Layout, choose_layout
-from cogvideo_dist.parallel.volumes import layer_bytes
+from cogvideo_dist.parallel.volumes import Volumes, layer_bytes, modulation_bytes
 from launch.compose import ATTENTION, GEMM, TransformerGeometry
 from launch.environment import config_parser, run_command, split_config
+
+Device = Literal["cuda", "cpu"]
 
 PEAK = 989e12
 """Operations a second of an H100 in 16 bits, by its data sheet: what utilisation is a part of."""
@@ -47,12 +50,16 @@ LINEARS = {True: 72, False: 48}
 REDONE = {"none": (0, 0), "feed_forward": (8, 0), "all_but_attention": (14, 0), "full": (24, 4)}
 """What the backward makes again: linears, in n d^2, and attention, in n^2 d. ``full`` repeats the forward."""
 
-WORKING = 24
-"""Bytes, in 16 bits, for each token and hidden element that the backward of a block needs beside what is kept and made again;
-17 in 32 bits, where the rotation of queries and keys is no wider than they are."""
+WORKING = {2: 24, 4: 18}
+"""Bytes, in 16 bits, for each token and hidden element that the backward of a block needs beside what is kept and made again,
+by those of an element: in 32 bits the rotation of queries and keys is no wider than they are."""
 
-BUCKET, GATHERED = 5e8, 1e9
-"""Elements of DeepSpeed's buffer of gradients on their way; the most that stage 3 has of other ranks' weights at a time."""
+BUCKET, GATHERED, FETCHED = 5e8, 1e9, 5e7
+"""Elements of DeepSpeed's buffer of gradients on their way; the most that stage 3 has of other ranks' weights at a time; what
+it fetches ahead, of which it has a second copy meanwhile."""
+
+UPDATED: dict[Device, int] = {"cuda": 1, "cpu": 2}
+"""Copies of what a rank updates that AdamW makes on the way."""
 
 TEXT_ENCODER, AUTOENCODER = 4.762e9, 215_583_907
 """Parameters of T5-v1.1-XXL's encoder and of the released autoencoder, both of which runs hold in 32 bits."""
@@ -91,6 +98,7 @@ class Share:
     those of this rank's, adapters or all, that learn; ``adapters``: of all adapters of the whole model."""
 
     config: DiTRun
+    model: DiTConfig
     layout: Layout
     pack: Pack
     parameters: int
@@ -122,10 +130,17 @@ class Share:
         """Of ZeRO; 16 bits run stage 0 as stage 1."""
         return max(self.config.train.zero_stage, 0 if self.element == 4 else 1)
 
+    @property
+    def merged(self) -> bool:
+        """Whether DeepSpeed runs stage 1 with the optimizer that it has for bfloat16 alone."""
+        return self.stage == 1 and self.config.train.precision == "bf16"
+
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU. ``encoding`` and ``sampling``: of the frozen models at work, while no activations are kept."""
+    """Bytes on one GPU. ``gradients`` and DeepSpeed's ``buffers``: while activations are kept, or the frozen models are at work
+    instead (``encoding``, ``sampling``). ``reduction`` and ``update``: all that there is of gradients and their copies as they
+    are reduced and as the optimizer works, when activations are gone."""
 
     weights: float
     gradients: float
@@ -135,11 +150,25 @@ class Memory:
     activations: float
     encoding: float
     sampling: float
+    reduction: float
+    update: float
+
+    @property
+    def moments(self) -> dict[str, dict[str, float]]:
+        """Moment of a step -> what is there beside weights, states and frozen models."""
+        learning = {"gradients": self.gradients, "buffers": self.buffers}
+        found = {name: {**learning, name: getattr(self, name)} for name in ("activations", "encoding", "sampling")}
+        return found | {name: {name: getattr(self, name)} for name in ("reduction", "update")}
+
+    @property
+    def at_peak(self) -> dict[str, float]:
+        """What there is at the moment that takes most."""
+        fullest = max(self.moments.values(), key=lambda parts: sum(parts.values()))
+        return {"weights": self.weights, "states": self.states, "frozen": self.frozen, **fullest}
 
     @property
     def peak(self) -> float:
-        resident = self.weights + self.gradients + self.states + self.buffers + self.frozen
-        return resident + max(self.activations, self.encoding, self.sampling)
+        return sum(self.at_peak.values())
 
 
 @dataclass(frozen=True)
@@ -179,13 +208,19 @@ def cost_of(config: DiTRun, gpus: int) -> Cost:
     """Raises ``ValueError`` where the run's layout or its packs do not divide over ``gpus``."""
     if gpus < 1:
         raise ValueError(f"a run needs at least 1 GPU, found {gpus}")
-    model = config.model.transformer()
-    layout = choose_layout(config.parallel, world=gpus, heads=model.heads, node=min(gpus, NODE))
+    heads = config.model.transformer().heads
+    layout = choose_layout(config.parallel, world=gpus, heads=heads, node=min(gpus, NODE))
+    share = share_of(config, layout)
+    return Cost(gpus, share, memory_of(share), seconds_of(share), config.data.packs_per_step * flops_of(share))
+
+
+def share_of(config: DiTRun, layout: Layout) -> Share:
+    """Raises ``ValueError`` where the packs do not divide over the layout."""
     check_ranks(config.data.packs_per_step, layout.dp)
+    model = config.model.transformer()
     (parameters, adapters), (own, own_adapters) = (counted(model, lora=config.lora, tp=tp) for tp in (1, layout.tp))
     trained = own if config.lora is None else own_adapters
-    share = Share(config, layout, costliest_pack(config), parameters, adapters, own, trained)
-    return Cost(gpus, share, memory_of(share), seconds_of(share), config.data.packs_per_step * flops_of(share))
+    return Share(config, model, layout, costliest_pack(config), parameters, adapters, own, trained)
 
 
 @lru_cache
@@ -214,32 +249,87 @@ def costliest_pack(config: DiTRun) -> Pack:
 
 def flops_of(share: Share) -> float:
     """Of one pack: a forward and its backward, which has no weights' gradients but those of adapters."""
-    model, pack = share.config.model.transformer(), share.pack
+    model, pack = share.model, share.pack
     blocks = LINEARS[share.config.lora is None] * pack.tokens * model.hidden**2 + 12 * pack.squares * model.hidden
     return model.layers * blocks + 6 * pack.tokens * share.adapters
 
 
-def memory_of(share: Share) -> Memory:
-    """On one GPU."""
-    config, train, model = share.config, share.config.train, share.config.model.transformer()
-    divided = [share.replicas if share.stage >= bound else 1 for bound in (1, 2, 3)]  # states, gradients, weights
-    states = (
-        (4 if share.stage else 0) + (8 if train.optimizer == "adamw" else 2) + (0 if train.ema_decay is None else 4)
-    )
+def memory_of(share: Share, *, device: Device = "cuda") -> Memory:
+    """On one GPU, or in one rank on CPUs, where collectives and updates make other copies."""
+    config, train, model = share.config, share.config.train, share.model
+    divided = [share.replicas if share.stage >= bound else 1 for bound in (1, 3)]  # states, weights
+    masters = 0 if share.stage else 4  # stage 0 updates the weights themselves
     kept = KEPT[train.recompute] * (1 if train.offload.activations else model.layers)
     again = KEPT["none"] - KEPT[train.recompute]  # of one block, as its backward comes
     tokens = config.data.tokens_per_pack / share.sharers
     encoding, sampling = frozen_at_work(share)
     return Memory(
-        weights=0.0 if train.offload.parameters else share.element * share.own / divided[2],
-        gradients=4 * share.trained / divided[1],
-        states=0.0 if train.offload.optimizer else states * share.trained / divided[0],
-        buffers=share.element * ((BUCKET if share.stage else 0.0) + (GATHERED if share.stage == 3 else 0.0)),
+        weights=0.0 if train.offload.parameters else share.element * share.own / divided[1],
+        gradients=gradients_kept(share),
+        states=0.0 if train.offload.optimizer else (states_of(train) - masters) * share.trained / divided[0],
+        buffers=buffers_of(share),
         frozen=frozen_bytes(config),
-        activations=(kept + again + WORKING) * share.element / 2 * tokens * model.hidden,
+        activations=(kept + again + WORKING[share.element]) * share.element / 2 * tokens * model.hidden,
         encoding=encoding,
         sampling=sampling,
+        reduction=reduction_of(share, device=device),
+        update=update_of(share, device=device),
     )
+
+
+def states_of(train: Train) -> int:
+    """Bytes for each parameter that learns: masters, moments and their average."""
+    return 4 + (8 if train.optimizer == "adamw" else 2) + (0 if train.ema_decay is None else 4)
+
+
+def gradients_kept(share: Share) -> float:
+    """Bytes of gradients while activations are kept: those of earlier packs of a step; DeepSpeed's stage 3, and its stage 1 of
+    bfloat16, have their sums at all times, the latter beside the gradients themselves."""
+    earlier = share.micro_steps > 1
+    if share.merged:
+        return (4.0 + share.element * earlier) * share.trained
+    if share.stage == 3:
+        return 4.0 * share.trained / share.replicas
+    return 4.0 * earlier * share.trained / (share.replicas if share.stage == 2 else 1)
+
+
+def buffers_of(share: Share) -> float:
+    """Bytes of DeepSpeed's buffers while activations are kept. Stage 3 has weights of others, some twice as they come, and
+    where the gradients do not fit the bucket, it is copied to be scattered meanwhile."""
+    if share.stage == 0 or share.merged:
+        return 0.0
+    if share.stage < 3:
+        return (4 if share.stage == 1 else share.element) * BUCKET
+    ahead = min(share.own, FETCHED + share.own / share.model.layers)
+    again = BUCKET if share.trained > BUCKET else 0.0
+    return share.element * (BUCKET + again + min(share.own, GATHERED) + ahead)
+
+
+def reduction_of(share: Share, *, device: Device) -> float:
+    """Bytes of gradients and their copies at the end of a backward."""
+    bucket, part = min(share.trained, BUCKET), share.trained / share.replicas
+    if share.stage == 0:
+        return 4.0 * (share.trained + bucket)
+    if share.merged:
+        return (4.0 + share.element) * (share.trained + bucket)
+    if share.stage == 3:  # gloo scatters a copy
+        return 4 * part + share.element * (BUCKET + bucket * (2 if device == "cpu" else 1))
+    kept = 4 * part if share.stage == 2 and share.micro_steps > 1 else 0.0
+    return buffers_of(share) + kept + share.element * part
+
+
+def update_of(share: Share, *, device: Device) -> float:
+    """Bytes of gradients, their copies and the optimizer's own as it works on the device; 8 bits work in small parts."""
+    train, part = share.config.train, share.trained / share.replicas
+    if train.offload.optimizer:
+        return 0.0
+    copies = UPDATED[device] if train.optimizer == "adamw" else 0
+    if share.stage == 0:  # on CPUs one parameter after the other
+        return 4.0 * share.trained * (2 if device == "cuda" else 1)
+    if share.merged:
+        return (4.0 + share.element) * share.trained + 4 * copies * part
+    flat = 4 * part if share.stage == 3 or share.element == 4 else 0.0
+    return 4 * part + flat + 4 * copies * part + (share.element * BUCKET if share.stage == 3 else 0.0)
 
 
 def frozen_bytes(config: DiTRun) -> float:
@@ -274,22 +364,31 @@ def full_tensor(frozen: Frozen, size: Size) -> float:
 
 def seconds_of(share: Share) -> Seconds:
     """Of a step."""
-    train, model, pack = share.config.train, share.config.model.transformer(), share.pack
-    linear_again, attention_again = REDONE[train.recompute]
-    linears = (LINEARS[share.config.lora is None] + linear_again) * pack.tokens * model.hidden**2 * model.layers
-    attention = (14 + attention_again) * pack.squares * model.hidden * model.layers
-    products = linears + 6 * pack.tokens * share.adapters
-    computed = ELEMENTWISE * (products / GEMM + attention / ATTENTION) / share.sharers
-    if train.offload.activations:  # out in the forward and back in the backward, beside the computation
-        moved = (
-            2 * KEPT[train.recompute] * share.element / 2 * pack.tokens * model.hidden * model.layers / share.sharers
-        )
-        computed = max(computed, moved / HOST_LINK)
-    update = share.trained / share.replicas * (6 / HOST_LINK + 36 / HOST) if train.offload.optimizer else 0.0
-    sent = share.micro_steps * sent_for_pack(share) + sent_for_update(share)
-    return Seconds(
-        share.micro_steps * computed, share.micro_steps * frozen_seconds(share.config, pack), sent / LINK, update
+    update = (
+        share.trained / share.replicas * (6 / HOST_LINK + 36 / HOST) if share.config.train.offload.optimizer else 0.0
     )
+    frozen = share.micro_steps * frozen_seconds(share.config, share.pack)
+    return Seconds(share.micro_steps * transformer_seconds(share), frozen, sum(sent(share).values()) / LINK, update)
+
+
+def transformer_seconds(share: Share) -> float:
+    """Of one pack."""
+    train, model, pack = share.config.train, share.model, share.pack
+    linears = (LINEARS[share.config.lora is None] + REDONE[train.recompute][0]) * pack.tokens * model.hidden**2
+    products = linears * model.layers + 6 * pack.tokens * share.adapters
+    computed = ELEMENTWISE * products / GEMM / share.sharers + attention_seconds(share)
+    if not train.offload.activations:
+        return computed
+    # Out in the forward and back in the backward, beside the computation.
+    moved = 2 * KEPT[train.recompute] * share.element / 2 * pack.tokens * model.hidden * model.layers / share.sharers
+    return max(computed, moved / HOST_LINK)
+
+
+def attention_seconds(share: Share) -> float:
+    """Of one pack."""
+    model = share.model
+    attention = (14 + REDONE[share.config.train.recompute][1]) * share.pack.squares * model.hidden * model.layers
+    return ELEMENTWISE * attention / ATTENTION / share.sharers
 
 
 def frozen_seconds(config: DiTRun, pack: Pack) -> float:
@@ -302,22 +401,27 @@ def frozen_seconds(config: DiTRun, pack: Pack) -> float:
     return pack.clips * (PER_PIXEL * encoded * height * width / CONVOLUTION + text / SINGLE)
 
 
-def sent_for_pack(share: Share) -> float:
-    """Bytes that a rank sends for one pack over the axes of a sample."""
-    model = share.config.model.transformer()
-    volumes = layer_bytes(
-        share.layout, tokens=share.pack.tokens, hidden=model.hidden, heads=model.heads, element_size=share.element,
-        recompute=share.config.train.recompute,
-    )  # fmt: skip
-    return model.layers * sum(volumes.values())
+def sent(share: Share) -> Volumes:
+    """Bytes that a rank sends in a step: for its packs over the axes of a sample, and over ``replica`` to those with the same
+    parameters."""
+    model = share.model
+    shape = {"hidden": model.hidden, "heads": model.heads, "element_size": share.element}
+    layer = layer_bytes(share.layout, tokens=share.pack.tokens, recompute=share.config.train.recompute, **shape)
+    if share.layout.tp > 1:
+        layer["tp", "sum"] = modulation_bytes(share.layout, clips=share.pack.clips, **shape)
+    volumes = {key: share.micro_steps * model.layers * value for key, value in layer.items()}
+    return volumes | sent_for_update(share)
 
 
-def sent_for_update(share: Share) -> float:
-    """Bytes that a rank sends in a step to those with the same parameters: gradients to their owners (under stages 2 and 3 with
-    every pack) and new weights to everyone; under stage 3 instead all weights in every forward and backward."""
+def sent_for_update(share: Share) -> Volumes:
+    """Gradients to their owners (under stages 2 and 3 with every pack) and new weights to everyone; under stage 3 instead all
+    weights in every forward and backward."""
+    if share.replicas == 1:
+        return {}
     reductions = share.micro_steps if share.stage >= 2 else 1
     weights = 2 * share.micro_steps * share.own if share.stage == 3 else share.trained
-    return share.element * (reductions * share.trained + weights) * (share.replicas - 1) / share.replicas
+    each = share.element * (share.replicas - 1) / share.replicas
+    return {("replica", "reduce"): each * reductions * share.trained, ("replica", "gather"): each * weights}
 
 
 def rows(cost: Cost) -> dict[str, str]:
@@ -325,7 +429,7 @@ def rows(cost: Cost) -> dict[str, str]:
     share, memory, seconds = cost.share, cost.memory, cost.seconds
     train, data, pack = share.config.train, share.config.data, share.pack
     learning = "all" if share.config.lora is None else f"{share.adapters:,} of adapters"
-    parts = ", ".join(f"{name} {gigabytes(value)}" for name, value in vars(memory).items() if value >= 5e7)
+    parts = ", ".join(f"{name} {gigabytes(value)}" for name, value in memory.at_peak.items() if value >= 5e7)
     times = ", ".join(f"{name} {duration(value)}" for name, value in vars(seconds).items() if value >= 5e-4)
     return {
         "Model": f"{share.config.model.preset}: {share.parameters:,} parameters; trained: {learning}",

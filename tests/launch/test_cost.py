@@ -119,7 +119,7 @@ def test_a_layer_keeps_what_is_said_and_its_backward_needs_no_more(recompute: Re
     # Beside them the log-sum-exp of attention, a number for each token and head (here of 32), and the modulation.
     assert KEPT[recompute] <= (kept[1] - kept[0]) / unit <= KEPT[recompute] + 0.5
     beyond = (peaks[0] - 2 * (peaks[1] - peaks[0])) / unit
-    said = KEPT["none"] - KEPT[recompute] + WORKING
+    said = KEPT["none"] - KEPT[recompute] + WORKING[4]
     assert 0.6 * said <= beyond <= said
 
 
@@ -226,10 +226,11 @@ def test_a_clip_of_the_released_models_takes_known_operations(
 
 def test_zero_divides_states_gradients_and_weights_in_turn(file: Path) -> None:
     whole = 5_570_283_072
-    for stage, (weights, gradients, states) in enumerate([(1, 1, 8), (1, 1, 8), (1, 8, 8), (8, 8, 8)]):
+    # DeepSpeed's stage 1 has a pack's gradients in 16 bits beside their sums.
+    for stage, (weights, gradients, states) in enumerate([(1, 6, 8), (1, 6, 8), (1, 4 / 8, 8), (8, 4 / 8, 8)]):
         memory = of(file, 8, f"train.zero_stage={stage}").memory
         assert memory.weights == 2 * whole / weights
-        assert memory.gradients == 4 * whole / gradients
+        assert memory.gradients == gradients * whole
         assert memory.states == 16 * whole / states  # masters, two moments, the average
     assert of(file, 8, "train.zero_stage=3", "train.offload.parameters=true").memory.weights == 0
     assert of(file, 8, "train.offload.optimizer=true").memory.states == 0
