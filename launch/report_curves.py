@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -50,31 +50,33 @@ class Points:
         return (sums[right] - sums[left]) / (counts[right] - counts[left])
 
 
-@dataclass
 class Curve:
     """Values by step. Where there are more than a page has points, neighbours become one that keeps the least, the greatest
     and the mean of its values."""
 
-    span: int = 1
-    odd: int = 0
-    """Values that were no finite number."""
-    last: tuple[int, float] = (-1, math.nan)
-    """The value of the greatest step."""
-    _rows: Rows = field(default_factory=lambda: np.zeros((0, 6)))
-    """First step, last step, least, greatest, sum, count."""
-    _steps: array[float] = field(default_factory=lambda: array("d"))
-    _values: array[float] = field(default_factory=lambda: array("d"))
+    def __init__(self) -> None:
+        self.span = 1
+        self._odd, self._last = 0, (-1, math.nan)
+        self._steps, self._values = array("d"), array("d")
+        self._rows: Rows = np.zeros((0, 6))  # first step, last step, least, greatest, sum, count
 
     def add(self, step: int, value: float) -> None:
-        if not math.isfinite(value):
-            self.odd += 1
-            return
-        if step >= self.last[0]:
-            self.last = step, value
         self._steps.append(step)
         self._values.append(value)
         if len(self._steps) == PENDING:
             self._merge()
+
+    @property
+    def odd(self) -> int:
+        """Values that were no finite number below ``LARGEST``."""
+        self._merge()
+        return self._odd
+
+    @property
+    def last(self) -> tuple[int, float]:
+        """The greatest step and its value; -1 where there is none."""
+        self._merge()
+        return self._last
 
     def points(self) -> Points:
         """All so far, in the order of steps."""
@@ -83,9 +85,17 @@ class Curve:
         return Points((first + last) / 2, total / count, low, high, count, self.span)
 
     def _merge(self) -> None:
+        if not self._steps:
+            return
         steps, values = np.array(self._steps), np.array(self._values)
-        new = np.stack([steps, steps, values, values, values, np.ones_like(steps)], axis=1)
         self._steps, self._values = array("d"), array("d")
+        fine = np.abs(values) < LARGEST
+        self._odd += int((~fine).sum())
+        steps, values = steps[fine], np.where(np.abs(values[fine]) < 1 / LARGEST, 0.0, values[fine])
+        if len(steps) and steps.max() >= self._last[0]:
+            newest = len(steps) - 1 - int(np.argmax(steps[::-1]))
+            self._last = int(steps[newest]), float(values[newest])
+        new = np.stack([steps, steps, values, values, values, np.ones_like(steps)], axis=1)
         self._rows = _merged(np.concatenate([self._rows, new]), self.span)
         while len(self._rows) > MOST:
             self.span *= 2
@@ -110,6 +120,4 @@ def number(value: Any) -> float | None:
     """A number that came from outside; NaN for one beyond ``LARGEST``, none for what is no number."""
     if type(value) not in (int, float):
         return None
-    if not abs(value) < LARGEST:
-        return math.nan
-    return 0.0 if abs(value) < 1 / LARGEST else float(value)
+    return float(value) if abs(value) < LARGEST else math.nan

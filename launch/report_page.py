@@ -78,7 +78,7 @@ padding:6px 10px;font-size:12px;pointer-events:none;max-width:420px;box-shadow:0
 .bars{max-width:800px}.charts+*{margin-top:22px}
 .films{display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:16px;margin-top:10px}
 .films figure{margin:0;font-size:12px;min-width:0}.films video{width:100%;border-radius:8px;display:block;background:#0002}
-figcaption{overflow-wrap:anywhere}td.text{white-space:normal;overflow-wrap:anywhere}details{margin-top:8px}
+figcaption{overflow-wrap:anywhere}details{margin-top:8px}
 h4{margin:14px 0 0;font-size:13px}
 """
 
@@ -228,6 +228,10 @@ def _facts(run: RunFacts) -> dict[str, str]:
             f"{float((points.mean if running is None else running)[-1]):.4g}"
         )
     add("held-out loss", "held_out/loss", lambda v: f"{v:.4g}")
+    if "held-out loss" in found:
+        points = run.curves["held_out/loss"].points()
+        best = int(points.low.argmin())
+        found["best held-out loss"] = f"{points.low[best]:.4g} at step {points.steps[best]:.0f}"
     add("clips seen, earlier stages too", "lineage/samples", lambda v: f"{v:,.0f}")
     add("time of a step", "throughput/step_s", lambda v: f"{v:.3g} s")
     add("MFU", "throughput/mfu", lambda v: f"{v:.1%}")
@@ -308,11 +312,7 @@ def _defects(run: RunFacts) -> str:
     if not most:
         return ""
     bars = [Bar(_plain(name)[:26], reason.count, str(reason.count), "other") for name, reason in most]
-    rows = [
-        (name, str(reason.count), str(reason.replaced), *example)
-        for name, reason in most
-        for example in reason.examples[:1]
-    ]
+    rows = [(name, str(reason.count), str(reason.replaced), *reason.example) for name, reason in most]
     head = ("kind", "samples", "replaced by others", "for example", "source", "reason")
     return _bars(bars, unit="", title="defects by kind") + _table(head, rows)
 
@@ -322,21 +322,14 @@ def _origin(run: RunFacts) -> str:
         (stage.run, str(stage.step), f"{stage.samples:,}", stage.weights, stage.sha256[:16])
         for stage in run.lineage.ancestors
     ]
-    sources = [
-        tuple(str(source.get(key, "-")) for key in ("shards", "samples", "digest", "drawn")) for source in run.data
+    sources = [tuple(source.get(key, "-") for key in ("shards", "samples", "digest", "drawn")) for source in run.data]
+    made = run.made_with
+    tables: list[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = [
+        ("stages before it", ("run", "steps", "clips", "weights taken", "SHA-256"), stages),
+        ("data", ("shards", "samples", "index", "clips drawn"), sources),
+        ("newest checkpoint", [_plain(name) for name in made], [list(made.values())] if made else []),
     ]
-    made = [(key, value) for name in ("versions", "layout") for key, value in _pairs(run.made_with.get(name))]
-    parts = [("stages before it", ("run", "steps", "clips", "weights taken", "SHA-256"), stages)]
-    tables = "".join(f"<h3>{title}</h3>{_table(head, rows)}" for title, head, rows in parts if rows)
-    if sources:
-        tables += f"<h3>data</h3>{_table(('shards', 'samples', 'index', 'clips drawn'), sources)}"
-    if made:
-        tables += f"<h3>newest checkpoint</h3>{_table([key for key, _ in made], [[value for _, value in made]])}"
-    return tables
-
-
-def _pairs(values: Any) -> list[tuple[str, str]]:
-    return [(_plain(key), str(value)) for key, value in values.items()] if isinstance(values, dict) else []
+    return "".join(f"<h3>{title}</h3>{_table(head, rows)}" for title, head, rows in tables if rows)
 
 
 def _differences(runs: Sequence[RunFacts]) -> str:

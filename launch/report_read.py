@@ -19,8 +19,8 @@ from cogvideo_dist.engine.manifest import CheckpointError, flat, read_manifest
 from launch.report_curves import LARGEST, Curve, number
 
 MOST_STEP = 1 << 53
-MOST_NAMES, MOST_REASONS, EXAMPLES = 400, 200, 3
-"""Figures of a run, kinds of its defects, and examples of each kind that are kept."""
+MOST_NAMES, LONGEST_NAME, MOST_REASONS = 400, 200, 200
+"""Figures of a run, characters of a figure's name, and kinds of defects that are told apart."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Begun:
 
 @dataclass
 class Reason:
-    """A kind of defect: how many samples have it, how many of them others replaced, and some as (key, source, reason)."""
+    """A kind of defect: how many samples have it, how many of them others replaced, and the first as (key, source, reason)."""
 
+    example: tuple[str, str, str]
     count: int = 0
     replaced: int = 0
-    examples: list[tuple[str, str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ class RunFacts:
     folder: Path
     config: Mapping[str, Any]
     curves: dict[str, Curve] = field(default_factory=dict)
-    last_step: int = 0
+    last_step: int = -1
     saves: list[Save] = field(default_factory=list)
     starts: list[Begun] = field(default_factory=list)
     reasons: dict[str, Reason] = field(default_factory=dict)
     lineage: Lineage = field(default_factory=Lineage)
-    data: list[Mapping[str, Any]] = field(default_factory=list)
-    made_with: Mapping[str, Any] = field(default_factory=dict)
+    data: list[Mapping[str, str]] = field(default_factory=list)
+    made_with: Mapping[str, str] = field(default_factory=dict)
     films: list[Film] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -95,7 +95,7 @@ def read_run(folder: Path, *, label: str) -> RunFacts:
         raise ConfigError(f"{folder} is not the folder of a run: it has no config.yaml")
     found = RunFacts(label, folder, read_merged([folder / "config.yaml"])[0])
     _read_log(found)
-    if not found.curves:
+    if found.last_step < 0:
         raise ConfigError(f"{folder} has logged nothing yet: log.jsonl is missing or has no line of figures")
     _read_saves(found)
     _read_starts(found)
@@ -139,22 +139,24 @@ def _read_log(found: RunFacts) -> None:
             stray += 1
             continue
         for name, value in entry.items():
-            figure = number(value) if name != "step" else None
-            if figure is None:
+            figure = value if type(value) is float else number(value)  # most are, and there are millions
+            if figure is None or name == "step":
                 continue
             curve = found.curves.get(name)
             if curve is None:
-                if len(found.curves) == MOST_NAMES:
+                if len(found.curves) == MOST_NAMES or len(name) > LONGEST_NAME:
                     more.add(name)
                     continue
                 curve = found.curves[name] = Curve()
             curve.add(step, figure)
-            found.last_step = max(found.last_step, step)
     if stray:
         found.problems.append(f"{path}: lines without a step, which are left out: {stray}")
     if more:
-        found.problems.append(f"{path}: figures beyond the first {MOST_NAMES}, which are left out: {len(more)}")
+        found.problems.append(
+            f"{path}: figures beyond the first {MOST_NAMES}, or with too long a name, which are left out: {len(more)}"
+        )
     odd = {name: curve.odd for name, curve in found.curves.items() if curve.odd}
+    found.last_step = max((curve.last[0] for curve in found.curves.values()), default=-1)
     if odd:
         named = ", ".join(f"{name} {count}" for name, count in odd.items())
         found.problems.append(f"{path}: values that are not finite, or above {LARGEST:.0e}, and are not drawn: {named}")
@@ -175,22 +177,24 @@ def _read_starts(found: RunFacts) -> None:
     for entry in _lines(found, found.folder / "starts.jsonl"):
         step, when, lost = _step_of(entry), number(entry.get("time")), number(entry.get("lost"))
         if step is not None and when is not None and lost is not None and math.isfinite(lost):
-            found.starts.append(Begun(step, when, int(lost), str(entry.get("host", ""))))
+            found.starts.append(Begun(step, when, int(lost), _words(entry.get("host"))))
 
 
 def _read_defects(found: RunFacts) -> None:
-    others = "others"
     for entry in _lines(found, found.folder / "data_report.jsonl"):
-        key, source, reason, code = (str(entry.get(name) or "") for name in ("key", "source", "reason", "code"))
+        key, source, reason, code = (_words(entry.get(name)) for name in ("key", "source", "reason", "code"))
         # one kind of defect has many numbers: "caption of 80 tokens is cut to 64"
         kind = code or re.sub(r"\d+([.,]\d+)*", "n", reason.split(":")[0])
         if kind not in found.reasons and len(found.reasons) >= MOST_REASONS:
-            kind = others
-        known = found.reasons.setdefault(kind, Reason())
+            kind = "others"
+        known = found.reasons.setdefault(kind, Reason((key, source, reason)))
         known.count += 1
         known.replaced += entry.get("replaced_by") is not None
-        if len(known.examples) < EXAMPLES:
-            known.examples.append((key, source, reason))
+
+
+def _words(value: Any) -> str:
+    """A word or a number; what is nested is neither."""
+    return str(value) if isinstance(value, (str, int, float)) else ""
 
 
 def _read_origin(found: RunFacts) -> None:
@@ -200,13 +204,17 @@ def _read_origin(found: RunFacts) -> None:
     except CheckpointError as error:
         found.problems.append(str(error))
     data = _json(found, found.folder / "data.json")
-    found.data = [source for source in data if isinstance(source, dict)] if isinstance(data, list) else []
+    sources = [source for source in data if isinstance(source, dict)] if isinstance(data, list) else []
+    found.data = [{name: _words(value) for name, value in source.items()} for source in sources]
     for path in reversed(checkpoints(found.folder / "ckpt")):
         try:
-            found.made_with = read_manifest(path)["facts"]
-            return
+            facts = read_manifest(path)["facts"]
         except CheckpointError as error:
             found.problems.append(str(error))
+            continue
+        parts = [facts.get(name) for name in ("versions", "layout")]
+        found.made_with = {key: _words(v) for part in parts if isinstance(part, dict) for key, v in part.items()}
+        return
 
 
 def _json(found: RunFacts, path: Path) -> Any:
@@ -228,7 +236,7 @@ def _read_films(found: RunFacts) -> None:
         captions = _json(found, folder / "captions.json")
         said = captions if isinstance(captions, dict) else {}
         found.films += [
-            Film(int(digits), path.stem, str(said.get(path.stem, "")), path) for path in films
+            Film(int(digits), path.stem, _words(said.get(path.stem)), path) for path in films
         ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from launch.report_charts import Chart, Line, Marks
+from launch.report_charts import COLOURS, Chart, Line, Marks
 from launch.report_curves import Curve, Points
 from launch.report_read import RunFacts
 
@@ -115,7 +115,7 @@ def _chart(runs: Sequence[RunFacts], spec: Spec, words: dict[str, str], *, title
             if curve is None or curve.last[0] < 0:
                 continue
             label = word if len(runs) == 1 else run.label if len(words) == 1 else f"{run.label}: {word}"
-            colour, dash = (place, 0) if len(runs) == 1 else (number, place)
+            colour, dash = (place, place // COLOURS) if len(runs) == 1 else (number, place)
             lines.append(Line(label, _scaled(curve.points(), spec.scale), colour, dash))
     return Chart(
         title, lines, spec.unit, spec.note, wide=spec.wide, smooth=spec.smooth, scales=spec.scales,
@@ -130,7 +130,7 @@ def _scaled(points: Points, scale: float) -> Points:
 
 
 def _marks(runs: Sequence[RunFacts], *, saves: bool) -> list[Marks]:
-    """Where runs went on after a stop, and where they saved; steps beyond the last logged one lie outside."""
+    """Where runs went on after a stop, and where they saved; what lies beyond the last logged step has no place."""
     found = []
     for colour, run in enumerate(runs):
         again = [begun.step for begun in run.starts[1:] if 0 < begun.step <= run.last_step]
@@ -146,14 +146,14 @@ def checkpoint_charts(runs: Sequence[RunFacts]) -> list[Chart]:
         ("Size of a checkpoint", "GB", 1e-9, "bytes"), ("Time until it is committed", "s", 1.0, "seconds"),
         ("Time that the training stood still", "s", 1.0, "stall"),
     ]  # fmt: skip
-    found = []
+    found, last_step = [], max(run.last_step for run in runs)
     for title, unit, scale, name in charts:
         lines = []
         for number, run in enumerate(runs):
             curve = Curve()
             for save in run.saves:
                 value = getattr(save, name)
-                if value is not None:
+                if value is not None and save.step <= last_step:
                     curve.add(save.step, scale * value)
             if curve.last[0] >= 0:
                 lines.append(Line(run.label, curve.points(), number))

@@ -296,6 +296,32 @@ def test_videos_are_bounded_and_the_newest_come_first(own: Path, tmp_path: Path)
     assert steps_shown(many) == [990, 660, 330, 0]
 
 
+def test_stalls_are_shown_of_runs_that_note_them(own: Path, made: Path, tmp_path: Path) -> None:
+    """And a checkpoint behind the last logged step is listed, but has no place in a chart."""
+    other = own.rename(tmp_path / "other")
+    ledger = other / "ckpt" / "ledger.jsonl"
+    entries = [json.loads(line) | {"stall": 0.125} for line in ledger.read_text().splitlines()]
+    entries.append(entries[-1] | {"step": 10**6})
+    ledger.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    page = written(tmp_path / "page.html", made, other)
+    (line,) = page.chart("Time that the training stood still")["lines"]
+    assert line["label"] == "other" and line["mean"] == [0.125] * 8 and max(line["steps"]) == STEPS
+    assert "still" in page.texts and "1000000" in page.texts
+
+
+def test_names_without_measure_are_left_out(own: Path, tmp_path: Path) -> None:
+    with (own / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 3, "x" * 300: 1.0, **{f"n{n}": 1.0 for n in range(500)}}) + "\n")
+    page = written(tmp_path / "page.html", own)
+    assert sum(len(chart["lines"]) for chart in page.data["charts"]) == 400 - 2 + 2, (
+        "less two of lineage, two of the ledger"
+    )
+    (said,) = [text for text in page.texts if "which are left out" in text]
+    assert said.endswith(
+        f"which are left out: {501 - (400 - len({n for entry in logged(own)[:-1] for n in entry}) + 1)}"
+    )
+
+
 def test_a_real_run_is_reported_with_its_checkpoints(tmp_path: Path) -> None:
     """The trainer's own log, starts, ledger and manifests."""
     folder = tmp_path / "real"
