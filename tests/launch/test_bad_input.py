@@ -101,7 +101,7 @@ def test_what_a_run_needs_and_does_not_find_is_named(
 def test_a_run_folder_that_is_a_file_is_named(world: World, tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     code, _, line = attempt(world, tmp_path / "run")
-    assert code == 1
+    assert code == 78
     assert str(tmp_path / "run") in line
 
 

@@ -67,6 +67,7 @@ def test_every_command_shows_an_example(monkeypatch: pytest.MonkeyPatch, name: s
 
 def test_pictures_are_made_from_prompts(trained: Path) -> None:
     assert sorted(path.name for path in (trained / "samples" / "step-000004").iterdir()) == [
+        "captions.json",
         "contact-sheet.png",
         "prompt-00.mp4",
     ]

@@ -114,9 +114,8 @@ def test_the_page_needs_no_network_and_its_figures_are_whole(folder: Path) -> No
     assert "nowhere/shards" in page and "dp2" in page
 
 
-@pytest.mark.parametrize(
-    ("operation", "layout"), [("to_tokens", "ulysses2"), pytest.param("enter", "tp2", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("operation", "layout"), [("to_tokens", "ulysses2"), ("enter", "tp2")])
 def test_a_wrong_collective_is_found_where_it_is_used(folder: Path, operation: str, layout: str) -> None:
     options = ("--ranks", "2", "--layouts", f"dp2,{layout}", "--steps", "1", "--broken", operation)
     done = parity(folder, *options)

@@ -16,6 +16,7 @@ from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from launch import train_dit
 from launch.environment import REFUSED, TRANSIENT
+from launch.training import Start
 from tests.data.clips import make_clip
 from tests.data.clips import make_shards as make_set
 from tests.data.servers import s3_server, web_server
@@ -102,7 +103,9 @@ def test_a_server_that_never_answers_is_no_fault_of_the_run(world: World, tmp_pa
 
 
 def train_on_new_data(mesh: ParallelMesh, file: Path, overrides: list[str]) -> None:
-    train_dit.train(load_config(DiTRun, [file], overrides=overrides), mesh, device=torch.device("cpu"), new_data=True)
+    train_dit.train(
+        load_config(DiTRun, [file], overrides=overrides), mesh, device=torch.device("cpu"), start=Start(new_data=True)
+    )
 
 
 def test_a_changed_set_is_refused_until_it_is_allowed(world: World, tmp_path: Path) -> None:

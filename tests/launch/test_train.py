@@ -144,7 +144,8 @@ def killed(mesh: ParallelMesh, file: Path, overrides: list[str], step: int) -> N
     train(mesh, file, overrides)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [2, 3])
 def test_a_killed_run_of_two_ranks_continues_bitwise(world: World, stage: int) -> None:
     straight, broken = (world.root / f"{name}-{stage}" for name in ("straight", "broken"))
     changes = (f"train.zero_stage={stage}", "checkpoint.every=3")
