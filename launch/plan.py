@@ -6,6 +6,7 @@ Every legal layout of a configuration on a cluster, what each takes by the cost 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,13 +80,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def cluster_of(options: argparse.Namespace) -> Cluster:
-    try:
-        return Cluster(
-            options.nodes, options.gpus_per_node, memory=1e9 * options.memory, host_memory=1e9 * options.host_memory,
-            link=1e9 * options.link, network=1e9 * options.network,
-        )  # fmt: skip
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    """Raises ``ConfigError`` for numbers that are none of a cluster."""
+    for name in ("nodes", "gpus_per_node", "memory", "host_memory", "link", "network"):
+        value = getattr(options, name)
+        if not 0 < value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} must be above 0, found {value:g}")
+    return Cluster(
+        options.nodes, options.gpus_per_node, memory=1e9 * options.memory, host_memory=1e9 * options.host_memory,
+        link=1e9 * options.link, network=1e9 * options.network,
+    )  # fmt: skip
 
 
 def dried(found: Survey) -> DryRun:

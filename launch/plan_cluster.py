@@ -40,11 +40,6 @@ class Cluster:
     link: float = 450e9
     network: float = 50e9
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 < value < float("inf"):
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, found {value:g}")
-
     @property
     def gpus(self) -> int:
         return self.nodes * self.gpus_per_node

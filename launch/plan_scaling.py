@@ -30,8 +30,9 @@ class Curve:
 
     def efficiency(self, point: Point) -> float:
         """Useful work of a GPU and second, relative to the smallest cluster that can run it."""
-        first = next(each.best for each in self.points if each.best is not None)
-        return 0.0 if point.best is None else point.best.mfu / first.mfu
+        if point.best is None:
+            return 0.0
+        return point.best.mfu / next(each.best.mfu for each in self.points if each.best is not None)
 
 
 def curve(config: DiTRun, cluster: Cluster, *, strong: bool) -> Curve:
