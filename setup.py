@@ -13,7 +13,16 @@ EXTRAS = {
     "quantized": ["torchao>=0.14"],
     "export": ["diffusers>=0.34", "accelerate", "peft"],
     "demo": ["scikit-image>=0.25"],
-    "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "matplotlib>=3.9", "moto[s3,server]>=5.1"],
+    "dev": [
+        "pytest>=8",
+        "pytest-timeout",
+        "pytest-xdist",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+        "matplotlib>=3.9",
+        "moto[s3,server]>=5.1",
+    ],  # fmt: skip
 }
 
 version = next(

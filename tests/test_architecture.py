@@ -83,8 +83,8 @@ SAT = ("cogvideo_dist/convert/sat.py", "cogvideo_dist/convert/sat_dit.py")
 """SAT's files are pickles; here alone torch.save writes them."""
 
 TENSORS_ALONE = ("cogvideo_dist/models/perceptual.py", "cogvideo_dist/convert/pickle_reader.py")
-"""Classifiers are published as .pth, and so are the heads of LPIPS; SAT's and DeepSpeed's files are opened by a process of their
-own. Here alone such files are read, with weights_only=True."""
+"""Classifiers are published as .pth, and so are the heads of LPIPS; SAT's and DeepSpeed's files are opened by a process of
+their own. Here alone such files are read, with weights_only=True."""
 
 
 def excused(path: Path, call: ast.AST) -> bool:

@@ -148,8 +148,10 @@ def check(found: dict[str, Any], kept: Kept) -> None:
         assert loaded["losses"] == pytest.approx(kept.losses[name], rel=1e-6, abs=0), name
 
 
-@pytest.mark.parametrize("way", [Way(Layout(dp=2), 2, "bf16"), pytest.param(Way(Layout(tp=2), 3, "bf16"), marks=pytest.mark.long)],
-                         ids=lambda way: way.name)  # fmt: skip
+HALF = [Way(Layout(dp=2), 2, "bf16"), pytest.param(Way(Layout(tp=2), 3, "bf16"), marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("way", HALF, ids=lambda way: way.name)
 def test_another_precision_loads_it_too(tmp_path: Path, way: Way) -> None:
     """Masters and moments to the bit; the next losses are those of the new precision."""
     source = Way(Layout(), 0)

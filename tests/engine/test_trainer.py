@@ -189,7 +189,9 @@ def test_ranks_stop_after_the_same_step_with_nothing_lost(tmp_path: Path, ranks:
         assert all(ends in text for text in found)
         assert "SIGUSR1" in found[-1]
         assert ranks == 1 or "another rank was told to" in found[0]
-    assert run_ranks(stopped, ranks, replace(broken, checkpoint=policy), 4) == ["to its end"] * ranks, "at the last step"
+    assert run_ranks(stopped, ranks, replace(broken, checkpoint=policy), 4) == ["to its end"] * ranks, (
+        "at the last step"
+    )
     figures = ("step", "loss", "gradient_norm", "learning_rate", "number", "data/samples", "lineage/samples")
     runs = [
         [{key: entry.get(key) for key in figures} for entry in entries(tmp_path / name) if "loss" in entry]

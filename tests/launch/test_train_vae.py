@@ -125,10 +125,8 @@ def contest(file: Path) -> Path:
 LOSSES = ("loss", "loss/reconstruction", "loss/kl", "loss/perceptual")
 AGAINST = ("loss/decoder", "critic/loss", "critic/balance", "critic/hinge", "critic/right")
 ENDS = [
-    *(pytest.param(*end, marks=pytest.mark.long) for end in (
-        (Critic, "backward", 1), (VAE, "backward", 9), (VAE, "backward", 3), (VAE, "step", 8), (VAE, "copy", 3), (Critic, "backward", 4), (Critic, "step", 0),
-        (Critic, "step", 3), (Critic, "copy", 1), (Critic, "copy", 2),
-    )),
+    (Critic, "backward", 1), (VAE, "backward", 9), (VAE, "backward", 3), (VAE, "step", 8), (VAE, "copy", 3),
+    (Critic, "backward", 4), (Critic, "step", 0), (Critic, "step", 3), (Critic, "copy", 1), (Critic, "copy", 2),
 ]  # fmt: skip
 """Ends by kill -9: whose call of what, counted from 0. A step has two micro-steps; the critic's first is the seventh."""
 
@@ -157,6 +155,7 @@ def ended(mesh: ParallelMesh, files: list[Path], overrides: list[str], end: tupl
     train(mesh, files, overrides)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("model", "method", "call"), ENDS)
 def test_a_run_killed_in_either_phase_goes_on_bitwise(
     file: Path, contest: Path, undisturbed: Path, tmp_path: Path, model: type, method: str, call: int
