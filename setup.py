@@ -22,7 +22,7 @@ EXTRAS = {
         "types-PyYAML",
         "matplotlib>=3.9",
         "moto[s3,server]>=5.1",
-    ],  # fmt: skip
+    ],
 }
 
 version = next(

@@ -11,6 +11,7 @@ the allocator loses to fragments, for which a tenth of the card should stay free
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -409,8 +410,18 @@ def sent(share: Share) -> Volumes:
     layer = layer_bytes(share.layout, tokens=share.pack.tokens, recompute=share.config.train.recompute, **shape)
     if share.layout.tp > 1:
         layer["tp", "sum"] = modulation_bytes(share.layout, clips=share.pack.clips, **shape)
-    volumes = {key: share.micro_steps * model.layers * value for key, value in layer.items()}
-    return volumes | sent_for_update(share)
+    pack = {key: model.layers * value for key, value in layer.items()}
+    if share.layout.tp > 1:
+        pack["tp", "sum"] += 2 * (1 - 1 / share.layout.tp) * share.element * outside(model, clips=share.pack.clips)
+    return {key: share.micro_steps * value for key, value in pack.items()} | sent_for_update(share)
+
+
+def outside(model: DiTConfig, *, clips: int) -> int:
+    """Elements beside the blocks whose gradients the ranks of tp, who hold them alike, sum for every pack: embeddings, learned
+    positions, the head with its final norm and, for each clip, its modulation."""
+    wide = model.patch_features_in + model.text_dim + model.patch_features_out + 2 + 2 + 2 * clips
+    positions = model.text_length + math.prod(model.sample_grid) if model.learned_positions else 0
+    return model.hidden * (wide + positions) + model.patch_features_out
 
 
 def sent_for_update(share: Share) -> Volumes:

@@ -161,7 +161,7 @@ def _section(title: str, content: str, note: str) -> str:
 
 
 def _anchor(title: str) -> str:
-    return title.lower().replace(" ", "-")
+    return "section-" + title.lower().replace(" ", "-")
 
 
 def _each(runs: Sequence[RunFacts], part: Callable[[RunFacts], str]) -> str:

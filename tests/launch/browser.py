@@ -39,16 +39,19 @@ class Browser:
         self.read, self.write, self.buffer, self.count = read, write, b"", 0
         self.requests: list[str] = []
         self.complaints: list[str] = []
-        self.loaded = False
+        self.loaded: set[str] = set()
+        """Of documents, by the protocol's name for them."""
         target = self._call("Target.createTarget", {"url": "about:blank"})["targetId"]
         self.session = self._call("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
         for domain in ("Network", "Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
 
     def open(self, path: Path) -> None:
-        self.requests, self.complaints, self.loaded = [], [], False
-        self.call("Page.navigate", url=path.as_uri())
-        while not self.loaded:
+        """Until all of it is loaded, and not the page before it, which may say so as late."""
+        self.requests, self.complaints = [], []
+        document = self.call("Page.navigate", url=path.as_uri())["loaderId"]
+        while document not in self.loaded:
             self._receive()
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
@@ -112,8 +115,8 @@ class Browser:
     def _note(self, event: str, said: dict[str, Any]) -> None:
         if event == "Network.requestWillBeSent":
             self.requests.append(said["request"]["url"])
-        elif event == "Page.loadEventFired":
-            self.loaded = True
+        elif event == "Page.lifecycleEvent" and said["name"] == "load":
+            self.loaded.add(said["loaderId"])
         elif event == "Runtime.exceptionThrown":
             self.complaints.append(json.dumps(said["exceptionDetails"]))
         elif event == "Log.entryAdded" and said["entry"]["level"] == "error":

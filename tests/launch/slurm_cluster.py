@@ -49,7 +49,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min_interval=0
-ReturnToService=2
+ReturnToService=0
 SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 KillWait=15
@@ -112,10 +112,10 @@ class Cluster:
             reached, what=f"job {job} {' or '.join(states)} ({restarts} restarts)", also=lambda: self.facts(job)
         )
 
-    def start_now(self, job: str) -> None:
-        """A requeued job waits two minutes for its node to be clean; here it is."""
+    def start_soon(self, job: str) -> None:
+        """Instead of the two minutes that a requeued job waits. In the second of its end, its start would be refused."""
         self.wait(job, "PENDING", restarts=1)
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
 
     def processes(self, *parts: str) -> list[int]:
         """Processes of this cluster whose command line holds all ``parts``."""

@@ -162,6 +162,8 @@ def test_nothing_is_fetched_and_only_our_script_runs(made: Path, tmp_path: Path)
     (policy,) = [found["content"] or "" for found in page.of("meta") if "http-equiv" in found]
     assert page.scripts[1][1] == SCRIPT and f"script-src 'sha256-{digest}'" in policy
     assert "default-src 'none'" in policy and "unsafe-inline" not in policy.split("script-src")[1]
+    names = [found["id"] for _, found in page.elements if "id" in found]
+    assert len(names) == len(set(names)) and {f"#{name}" for name in names} > {found["href"] for found in page.of("a")}
     handlers = [key for _, found in page.elements for key in found if key.startswith("on")]
     assert not handlers
 

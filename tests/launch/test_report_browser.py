@@ -45,7 +45,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture
 def browser(chromium: Browser, page: Path) -> Browser:
     chromium.open(page)
-    assert chromium.evaluate("document.documentElement.dataset.ready") == "yes"
+    assert chromium.evaluate("document.documentElement.dataset.ready") == "yes", chromium.complaints
     return chromium
 
 
