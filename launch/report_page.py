@@ -46,8 +46,8 @@ LOOK = """
 :root{--c0:#1f6fb2;--c1:#d1592a;--c2:#2f7d6b;--c3:#9a4fb5;--c4:#b3862b;--c5:#c2417a;--c6:#5b6bd6;--c7:#6f7d2b}
 @media(prefers-color-scheme:dark){:root{--c0:#6cb2ee;--c1:#f08c5d;--c2:#56b89f;--c3:#c48be0;--c4:#d9b25c;--c5:#ee86b4;
 --c6:#98a4f5;--c7:#b3c25e}}
-main{max-width:1180px}h3{margin:0;font-size:14px;font-weight:600}nav{margin-top:10px;font-size:13px}nav a{color:var(--quiet);
-margin-right:14px}
+main{max-width:1180px}h3{margin:0;font-size:14px;font-weight:600}nav{display:flex;flex-wrap:wrap;gap:2px 14px;margin-top:10px;
+font-size:13px}nav a{color:var(--quiet)}
 .c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}.c4{color:var(--c4)}.c5{color:var(--c5)}
 .c6{color:var(--c6)}.c7{color:var(--c7)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:10px;margin-top:14px}
