@@ -76,8 +76,9 @@ def draw_time(axes: Axes, curves: Sequence[Curve]) -> None:
         there = [point for point in curve.points if point.best]
         steps = [point.best.step for point in there if point.best]
         axes.plot([point.gpus for point in there], steps, style, label=described(curve))
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    if any(point.best for curve in curves for point in curve.points):  # no logarithm of nothing
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
     axes.set_ylabel("seconds of a step")
     axes.set_title("Time of a step in the recommended layout", fontsize=11, loc="left", color=INK)
     gpus(axes, curves)
@@ -92,7 +93,8 @@ def draw_efficiency(axes: Axes, curves: Sequence[Curve]) -> None:
             [point.gpus for point in there], [100 * point.best.mfu for point in there if point.best], style,
             label=described(curve),
         )  # fmt: skip
-    axes.set_xscale("log", base=2)
+    if any(point.best for curve in curves for point in curve.points):
+        axes.set_xscale("log", base=2)
     axes.set_ylim(0, 1.2 * axes.get_ylim()[1])
     axes.set_ylabel("MFU, %")
     axes.set_xlabel("GPUs")
