@@ -22,7 +22,7 @@ PACKAGES = "slurmctld slurmd slurm-client munge"
 NODES = ("127.0.0.1", "127.0.0.2")
 """Names that resolve without /etc/hosts. Both daemons listen on 127.0.0.1, at ports of their own."""
 
-START_S, JOB_S = 20.0, 100.0
+START_S, JOB_S = 30.0, 200.0
 
 CONF = """\
 ClusterName=loopback
