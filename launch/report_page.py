@@ -43,7 +43,8 @@ HINT = (
 )
 
 LOOK = """
-:root{--c0:#1f6fb2;--c1:#d1592a;--c2:#2f7d6b;--c3:#9a4fb5;--c4:#b3862b;--c5:#c2417a;--c6:#5b6bd6;--c7:#6f7d2b}
+:root{color-scheme:light dark;
+--c0:#1f6fb2;--c1:#d1592a;--c2:#2f7d6b;--c3:#9a4fb5;--c4:#b3862b;--c5:#c2417a;--c6:#5b6bd6;--c7:#6f7d2b}
 @media(prefers-color-scheme:dark){:root{--c0:#6cb2ee;--c1:#f08c5d;--c2:#56b89f;--c3:#c48be0;--c4:#d9b25c;--c5:#ee86b4;
 --c6:#98a4f5;--c7:#b3c25e}}
 main{max-width:1180px}h3{margin:0;font-size:14px;font-weight:600}nav{display:flex;flex-wrap:wrap;gap:2px 14px;margin-top:10px;
