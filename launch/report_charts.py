@@ -21,6 +21,8 @@ WIDE, NARROW = (1090, 300), (530, 230)
 """Pixels of a chart: width, height."""
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 26
 """Pixels around its plot."""
+EDGE = 40
+"""Pixels at the right in which a step's text ends where it stands, since there is no room behind it."""
 COLOURS, DASHES = 8, 4
 DECADES = 50.0
 """A positive figure whose values differ by this factor is drawn on a logarithmic axis, if its chart allows that."""
@@ -114,7 +116,7 @@ def data_of(chart: Chart) -> dict[str, Any]:
     """What the script needs: bounds and, for every line, its values."""
     low, high = chart.bounds()
     return {
-        "size": chart.size, "plot": [LEFT, TOP, RIGHT, BOTTOM], "bounds": [low, high],
+        "size": chart.size, "plot": [LEFT, TOP, RIGHT, BOTTOM], "edge": EDGE, "bounds": [low, high],
         "log": chart.logarithmic, "unit": chart.unit, "lines": [_values(chart, line) for line in chart.lines],
     }  # fmt: skip
 
@@ -178,7 +180,8 @@ def _axes(chart: Chart, last_step: int) -> str:
         )
     for step in ticks(0, max(last_step, 1), whole=True):
         x = LEFT + inner[0] * step / max(last_step, 1)
-        parts.append(f'<text class="mark" x="{x:.1f}" y="{foot + 18}" text-anchor="middle">{step:.0f}</text>')
+        anchor = "end" if x > width - EDGE else "middle"
+        parts.append(f'<text class="mark" x="{x:.1f}" y="{foot + 18}" text-anchor="{anchor}">{step:.0f}</text>')
     return "".join(parts)
 
 

@@ -39,12 +39,15 @@ class Points:
         return self.span > 1
 
     def running_mean(self) -> Rows | None:
-        """Over the values of a window around each point; none of short curves."""
+        """Over the values of a window around each point; none of short curves. At the beginning, which is steep, the window
+        is as short on either side; at the end it lacks what has not come yet."""
         n = len(self.steps)
         if n < FEWEST:
             return None
         half = max(1, n // (2 * WINDOW))
-        left, right = np.maximum(np.arange(n) - half, 0), np.minimum(np.arange(n) + half + 1, n)
+        places = np.arange(n)
+        reach = np.minimum(places, half)
+        left, right = places - reach, np.minimum(places + reach + 1, n)
         sums = np.concatenate([[0.0], np.cumsum(self.mean * self.count)])
         counts = np.concatenate([[0.0], np.cumsum(self.count)])
         return (sums[right] - sums[left]) / (counts[right] - counts[left])

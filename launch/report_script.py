@@ -110,7 +110,8 @@ class Chart {
     }
     for (const step of ticks(view[0], view[1], 1)) {
       const at = box.left + box.wide * (step - view[0]) / (view[1] - view[0]);
-      this.axes.append(drawn("text", {class: "mark", x: at, y: box.foot + 18, "text-anchor": "middle"}, String(step)));
+      const anchor = at > this.data.size[0] - this.data.edge ? "end" : "middle";
+      this.axes.append(drawn("text", {class: "mark", x: at, y: box.foot + 18, "text-anchor": anchor}, String(step)));
     }
   }
 

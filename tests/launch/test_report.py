@@ -377,7 +377,8 @@ def test_the_running_mean_is_that_of_its_window() -> None:
         curve.add(step, value)
     running = curve.points().running_mean()
     assert running is not None
-    assert running.tolist() == pytest.approx([values[max(0, i - 5) : i + 6].mean() for i in range(200)])
+    windows = [values[i - min(i, 5) : i + min(i, 5) + 1] for i in range(200)]
+    assert running.tolist() == pytest.approx([window.mean() for window in windows])
 
 
 @pytest.mark.parametrize(

@@ -51,13 +51,12 @@ def browser(chromium: Browser, page: Path) -> Browser:
 
 def axis(browser: Browser, chart: str = LOSS) -> list[str]:
     """The steps below a chart."""
-    return [
-        text
-        for text, anchor in browser.evaluate(
-            f"[...document.querySelectorAll('{chart} .axes text')].map(t => [t.textContent, t.getAttribute('text-anchor')])"
+    return list(
+        browser.evaluate(
+            f"(() => {{const all = [...document.querySelectorAll('{chart} .axes text')], y = t => Number(t.getAttribute('y')), "
+            "foot = Math.max(...all.map(y)); return all.filter(t => y(t) === foot).map(t => t.textContent)})()"
         )
-        if anchor == "middle"
-    ]
+    )
 
 
 def test_every_figure_is_drawn_and_nothing_is_asked_of_a_network(browser: Browser, page: Path) -> None:
@@ -68,6 +67,11 @@ def test_every_figure_is_drawn_and_nothing_is_asked_of_a_network(browser: Browse
     )
     titles = [title for title, *_ in drawn]
     assert titles[:2] == ["Training loss", "Held-out loss"] and len(titles) >= 16
+    outside = browser.evaluate(
+        "[...document.querySelectorAll('figure.chart > svg')].flatMap(svg => [...svg.querySelectorAll('.axes text')].filter("
+        "t => t.getBoundingClientRect().right > svg.getBoundingClientRect().right + 1).map(t => t.textContent))"
+    )
+    assert outside == [], "texts that are cut"
     assert all(width > 300 for title, width, _ in drawn), drawn
     assert all(
         height > 60 for title, _, height in drawn if title in ("Training loss", "Held-out loss", "Gradient norm")

@@ -159,7 +159,7 @@ def test_sbatchs_own_values_are_plain_or_refused(option: str) -> None:
         try:
             found = render.directives("encode", options, ranks=1)
         except ConfigError as error:
-            assert str(error).startswith(f"--{option} must be like ")
+            assert str(error).startswith(f"--{option} must be ")
             refused += 1
             continue
         assert f"--{'job-name' if option == 'name' else option}={name}" in found
