@@ -260,6 +260,11 @@ class Train:
     """The optimizer's run. AdamW; the learning rate warms up linearly, then stays or falls as a cosine.
 
     ``optimizer: adamw8bit`` keeps both moments in 8 bits (Dettmers et al. 2021, arXiv 2110.02861).
+
+    ``non_finite``: what is done about a step whose loss or gradients are not finite, and whose update no rank makes: ``stop``
+    ends the run, ``skip`` goes on without, ``rewind`` goes back to the newest checkpoint and leaves it out on the way; at most
+    ``non_finite_in_a_row`` in a row. ``checksum_every``: steps after which the weights that ranks hold alike are compared
+    (0: never).
     """
 
     steps: int
@@ -277,6 +282,9 @@ class Train:
     recompute: Literal["none", "feed_forward", "all_but_attention", "full"] = "none"
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     offload: Offload = field(default_factory=Offload)
+    non_finite: Literal["stop", "skip", "rewind"] = "stop"
+    non_finite_in_a_row: int = 3
+    checksum_every: int = 500
 
     def __post_init__(self) -> None:
         if self.offload.parameters and self.zero_stage != 3:
@@ -289,6 +297,8 @@ class Train:
                 "hold on to the inputs that they compute from again"
             )
         positive("train", steps=self.steps, eps=self.eps, clip_norm=self.clip_norm)
+        if self.non_finite_in_a_row < 1 or self.checksum_every < 0:
+            raise ValueError("train.non_finite_in_a_row must be at least 1, train.checksum_every at least 0")
         share("train", **{"betas.0": self.betas[0], "betas.1": self.betas[1], "ema_decay": self.ema_decay})
         if self.learning_rate < 0 or self.weight_decay < 0 or self.warmup_steps < 0:
             raise ValueError("train.learning_rate, weight_decay and warmup_steps must be >= 0")
@@ -365,13 +375,20 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Log:
-    """``peak_tflops``: the device's peak for the utilisation figure; left out, it is looked up, or measured on a CPU."""
+    """``peak_tflops``: the device's peak for the utilisation figure; left out, it is looked up, or measured on a CPU.
+
+    ``spikes``: by how many deviations a reported loss or gradient norm must exceed the median of earlier ones to be called a
+    spike (0: none is).
+    """
 
     every: int = 10
     peak_tflops: float | None = None
+    spikes: float = 8.0
 
     def __post_init__(self) -> None:
         positive("log", every=self.every, peak_tflops=self.peak_tflops)
+        if self.spikes < 0:
+            raise ValueError(f"log.spikes must be at least 0, found {self.spikes}")
 
 
 @dataclass(frozen=True)

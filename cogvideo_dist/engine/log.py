@@ -69,9 +69,23 @@ class RunLog:
         self._note_start(first_step, lost=max(0, logged - first_step))
         self.report = folder / "data_report.jsonl"
         self.listed = set(self.report.read_text(encoding="utf-8").splitlines()) if self.report.exists() else set()
-        self.lines = (folder / "log.jsonl").open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self._open(first_step)
         self.bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stderr, dynamic_ncols=True)
+
+    def _open(self, first_step: int) -> None:
+        self.lines = (self.folder / "log.jsonl").open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after ``step``, from which the run goes on once more."""
+        if not self.speaks:
+            return
+        self.lines.close()
+        self.board.close()
+        logged = _drop_after(self.folder / "log.jsonl", step)
+        self._note_start(step, lost=max(0, logged - step))
+        self._open(step)
+        self.progress(step)
 
     def _note_start(self, first_step: int, *, lost: int) -> None:
         """A line of ``starts.jsonl``, which no start drops; ``lost``: steps that an earlier one logged and this one makes

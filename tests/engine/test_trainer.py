@@ -104,6 +104,9 @@ class Slope:
     def pictures(self, model: nn.Module) -> list[Picture]:
         return []
 
+    def describe(self, batch: Batch) -> Sequence[Mapping[str, Any]]:
+        return [{} for _ in batch.samples]
+
     def notices(self) -> list[Defect]:
         noticed, self.noticed = self.noticed, []
         return noticed
@@ -262,7 +265,7 @@ def test_a_second_model_goes_on_bitwise_wherever_the_run_was_ended(tmp_path: Pat
 
 def test_a_second_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     (message,) = run_ranks(contest, 1, settings(tmp_path, save=2), 4)
-    assert message == "FloatingPointError: the loss of the second of step 5 is nan; the last checkpoint stands"
+    assert message.startswith("FloatingPointError: step 5: the loss of the second is nan on rank 0, samples k")
 
 
 def test_a_checkpoint_without_the_second_model_is_refused(tmp_path: Path) -> None:
@@ -273,7 +276,7 @@ def test_a_checkpoint_without_the_second_model_is_refused(tmp_path: Path) -> Non
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path: Path) -> None:
     (message,) = run_ranks(run, 1, settings(tmp_path, every=100, save=2), 3)
-    assert message == "FloatingPointError: the loss of step 4 is nan; the last checkpoint stands"
+    assert message.startswith("FloatingPointError: step 4: the loss is nan on rank 0, samples k")
     path, _ = newest(tmp_path / "ckpt")
     assert path is not None
     assert path.name == "step-000002"
