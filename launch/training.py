@@ -24,17 +24,19 @@ from cogvideo_dist.parallel.ops import broadcast_object
 from cogvideo_dist.protocols import Task
 from launch.compose import RankData, data_facts, note_data, prepare_folder
 from launch.environment import code_of, job_end, job_name
+from launch.replay import replay
 from launch.stopping import Stopping
 
 
 @dataclass(frozen=True)
 class Start:
     """How this start of a run differs from others: ``new_data`` allows data that is not what it began with, ``checkpoint`` is
-    the one that it is to go on from instead of its newest, ``job`` the scheduler's name for it, ``stopping`` whether
-    it is to end early."""
+    the one that it is to go on from instead of its newest, ``replay`` the step that is only looked at, ``job`` the scheduler's
+    name for it, ``stopping`` whether it is to end early."""
 
     new_data: bool = False
     checkpoint: str | None = None
+    replay: int | None = None
     job: str = ""
     stopping: Stopping = field(default_factory=Stopping)
     lineage: Lineage = field(default_factory=Lineage)
@@ -44,12 +46,15 @@ def start_of(options: argparse.Namespace) -> Start:
     """As the command line and the scheduler say; from now on signals are listened to."""
     stopping = Stopping(job_end())
     stopping.listen()
-    return Start(options.new_data, options.checkpoint, job_name(), stopping)
+    return Start(options.new_data, options.checkpoint, options.replay, job_name(), stopping)
 
 
 def run_training(config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: ParallelMesh, start: Start) -> None:
-    """From the run's folder to its last step."""
+    """From the run's folder to its last step; or a look at one of its steps."""
     try:
+        if start.replay is not None:
+            replay(config, task, data=data, mesh=mesh, step=start.replay)
+            return
         with (
             holding(Path(config.run.dir), mesh, job=start.job),
             noting_the_end(Path(config.run.dir), mesh, job=start.job),

@@ -19,16 +19,16 @@ from cogvideo_dist.engine.flops import peak_flops
 from cogvideo_dist.engine.lineage import Lineage
 from cogvideo_dist.engine.log import Meter, RunLog, means, peak_memory
 from cogvideo_dist.engine.manifest import Saved, check_about
-from cogvideo_dist.engine.numbers import Numbers, check_scales, updatable
-from cogvideo_dist.engine.player import Player
-from cogvideo_dist.engine.replay import examine
+from cogvideo_dist.engine.numbers import Numbers, update
+from cogvideo_dist.engine.player import Player, players_of
+from cogvideo_dist.engine.probing import examine
 from cogvideo_dist.engine.restoring import restore_newest
 from cogvideo_dist.engine.saving import Saver
-from cogvideo_dist.engine.zero import DEEPSPEED, Engine
+from cogvideo_dist.engine.zero import DEEPSPEED
 from cogvideo_dist.parallel.ballot import Ballot
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.parallel.ops import broadcast_object, gather_objects
-from cogvideo_dist.protocols import Batch, Defect, Learner, Task
+from cogvideo_dist.protocols import Batch, Defect, Task
 
 
 class Batches(Protocol):
@@ -72,8 +72,7 @@ class Trainer:
         self.origin, self.samples = origin or Origin(), 0
         self.limits = data_limits
         self.folder = Path(settings.run.dir)
-        own = Learner("", task.model, settings.train, task.loss)
-        self.players = [Player(learner, self._engine(learner)) for learner in (own, *task.rivals(settings.train))]
+        self.players = players_of(task, settings.train, mesh=mesh, micro_steps=data_limits.micro_steps)
         self.engine = self.players[0].engine
         self.meter = Meter()
         self.unreported: Mapping[str, Sequence[float]] = {}  # by an earlier start, which was stopped
@@ -169,9 +168,6 @@ class Trainer:
     def _stop_reason(self) -> str:
         return self.stop(pace_s=self.longest_s + self.saver.took_s)
 
-    def _engine(self, learner: Learner) -> Engine:
-        return Engine(learner.model, learner.train, mesh=self.mesh, micro_steps=self.limits.micro_steps)
-
     def _restore(self, wanted: str | None) -> tuple[int, list[str]]:
         """Take up the state of the checkpoint that the run goes on from; its step, and what was wrong with newer ones."""
         stored, problems = restore_newest(self.folder / "ckpt", self.mesh, restore=self._take_up, wanted=wanted)
@@ -211,11 +207,12 @@ class Trainer:
             for name, value, weight in learned:
                 self.meter.add(name, value, weight=weight)
         self.numbers.taken(step + 1)
+        self.numbers.check_alike(self.players, step + 1)
         self.meter.add("steps", 1.0)
 
     def _learning(self, step: int) -> list[Player]:
         """Those that learn in a step."""
-        return [player for player in self.players if step >= player.learner.start]
+        return [player for player in self.players if player.learns(step)]
 
     def _learn(self, batch: Batch) -> list[Figure]:
         """One micro-step of every model but for the update, and what is to be metered of it."""
@@ -229,21 +226,17 @@ class Trainer:
             found += [(name, value, weight) for name, (value, weight) in loss.metrics.items()]
         for player in players:
             if not player.engine.at_boundary:
-                player.engine.step(player.rate(batch.plan.step))
+                player.end_micro_step()
         return found
 
     def _update(self, step: int, packs: Sequence[Batch]) -> None:
         """Of all models or, where anything of any of them is not finite on any rank, of none."""
         players = self._learning(step)
-        engines = {player.learner.name: player.engine for player in players}
-        if updatable(list(engines.values()), self.mesh.world):
-            for player in players:
-                player.engine.step(player.rate(step))
-            check_scales(engines, step + 1)
+        if update(players, step, world=self.mesh.world):
             return
-        sound = all(engine.loss_is_finite for engine in engines.values())
-        for engine in engines.values():
-            engine.discard()
+        sound = all(player.engine.loss_is_finite for player in players)
+        for player in players:
+            player.engine.discard()
         accounts = examine(players, packs, mesh=self.mesh, describe=self.task.describe)
         for account, finite in zip(accounts, gather_objects(sound, self.mesh.world)):
             account["loss_was_finite"] = finite
