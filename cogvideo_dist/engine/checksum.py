@@ -36,7 +36,7 @@ class Difference(NamedTuple):
 
 
 def checksum(x: Tensor) -> Tensor:
-    """64 bits that say a tensor's bits, int64 []. Any change of one word of 8 bytes changes them, and others hardly ever do not.
+    """64 bits that say a tensor's bits, int64 []. Any change of one word of 8 bytes changes them, others nearly always do.
 
     A polynomial in ``MULTIPLIER`` over parts, each a sum of words by their odd places, all modulo 2^64.
     """
