@@ -24,6 +24,7 @@ from cogvideo_dist.engine.player import Player, players_of
 from cogvideo_dist.engine.probing import examine
 from cogvideo_dist.engine.restoring import restore_newest
 from cogvideo_dist.engine.saving import Saver
+from cogvideo_dist.engine.spikes import NAMED, Spikes, shown
 from cogvideo_dist.engine.zero import DEEPSPEED
 from cogvideo_dist.parallel.ballot import Ballot
 from cogvideo_dist.parallel.mesh import ParallelMesh
@@ -75,6 +76,7 @@ class Trainer:
         self.players = players_of(task, settings.train, mesh=mesh, micro_steps=data_limits.micro_steps)
         self.engine = self.players[0].engine
         self.meter = Meter()
+        self.spikes, self.fed = Spikes(settings.log.spikes), list[tuple[int, str]]()  # steps and samples of a report
         self.unreported: Mapping[str, Sequence[float]] = {}  # by an earlier start, which was stopped
         self.numbers = Numbers(self.folder, settings.train, mesh=mesh)
         self.first_step, problems = self._restore(self.origin.checkpoint)
@@ -158,7 +160,7 @@ class Trainer:
 
     def _go_back(self, why: str) -> int:
         """Become what the newest checkpoint has, and go on from there."""
-        self.meter.sums, self.defects, self.noticed = {}, [], []
+        self.meter.sums, self.defects, self.noticed, self.fed = {}, [], [], []
         first, problems = self._restore(None)
         self.log.rewind(first)
         for text in (why, *problems):
@@ -179,6 +181,7 @@ class Trainer:
             mine=self.mesh.is_first,
         )
         self.numbers.restore(stored.saved.numbers)
+        self.spikes.restore(stored.saved.numbers.get("reported", {}))
         self.samples = self.limits.samples = stored.saved.samples - self._carried("samples")
         return stored.saved.step, problems
 
@@ -256,6 +259,8 @@ class Trainer:
         self.meter.add("samples", share * len(batch.samples))
         self.meter.add("flops", share * self.task.flops(batch.layout))
         self.defects += batch.defects
+        if self.speaks_for_sample:
+            self.fed += [(batch.plan.step + 1, sample.key) for sample in batch.samples]
 
     def _report(self, done: int) -> None:
         """Reduce and write what was metered since the last report."""
@@ -294,7 +299,22 @@ class Trainer:
             norm=f"{values.get('gradient_norm', math.nan):.3f}",
             mfu=f"{values['throughput/mfu']:.0%}",
         )
+        self._tell_spikes(done, values)
         self._check_data(int(samples[0]), replaced)
+
+    def _tell_spikes(self, done: int, values: Mapping[str, float]) -> None:
+        """A warning and an incident for each loss or gradient norm that leaps, with the samples that it may be from."""
+        names = [player.learner.tag + kind for player in self.players for kind in ("loss", "gradient_norm")]
+        found = self.spikes.look({name: values[name] for name in names if name in values})
+        fed, self.fed = self.fed, []
+        if not broadcast_object(bool(found), self.mesh.world):
+            return
+        every = sorted(tuple(each) for mine in gather_objects(fed, self.mesh.world) for each in mine)
+        for spike in found:
+            # a loss is of all steps since the last report, a norm of its step alone
+            samples = every if spike.figure.endswith("loss") else [each for each in every if each[0] == done]
+            self.log.say(f"warning: step {done}: {spike}, {shown(samples)}")
+            self.numbers.note(done, {"kind": "spike", **spike._asdict(), "samples": samples[:NAMED], "action": "none"})
 
     def _carried(self, name: str) -> int:
         """What an earlier start had metered and not reported."""
@@ -399,6 +419,7 @@ class Trainer:
             "updates": {name: engine.updates for name, engine in engines.items()},
             "overflows": {name: engine.overflows for name, engine in engines.items()},
             **self.numbers.state(),
+            "reported": self.spikes.state(),
         }
 
     def _facts(self, done: int) -> dict[str, Any]:
