@@ -30,7 +30,7 @@ from launch import doctor_device, doctor_files, doctor_host, doctor_kernels, doc
 from launch.autoencoder import vae_config
 from launch.cost import counted, states_of
 from launch.doctor_board import Board, Meeting, alone, joined
-from launch.doctor_check import Check, Finding, anything_hangs, examined, ranks_of, told
+from launch.doctor_check import Check, Finding, Hung, anything_hangs, examined, ranks_of, told, within
 from launch.doctor_links import Nominal, Sizes
 from launch.doctor_report import arguments, plan_of, rows, table, write_json
 from launch.environment import FAILED, device_of, read_place, run_command, split_config
@@ -194,9 +194,11 @@ def place_found() -> tuple[Place, list[Finding]]:
 
 def device_found(place: Place, findings: list[Finding]) -> torch.device:
     try:
-        device = device_of(place)
-    except ConfigError as error:
-        remedy = "start one rank for each GPU that is seen, or let every rank see all GPUs of its node"
+        device = within(LONG_S, partial(device_of, place))
+    except (ConfigError, Hung, RuntimeError) as error:
+        remedy = (
+            "start a rank for each GPU that is seen, let ranks see all GPUs of their node, see that nvidia-smi answers"
+        )
         findings.append(Finding("device: number", "fail", told(error), "a GPU for each rank", remedy))
         return torch.device("cpu")
     if device.type == "cpu":
@@ -237,6 +239,7 @@ def examine(rank: Rank, *, out: str | None) -> int:
     between(rank)
     board, number = rank.board, rank.place.rank
     board.put(f"report {number}", {"findings": [asdict(each) for each in rank.findings], "facts": rank.facts})
+    board.meet("reports", within_s=LONG_S)
     if number:
         board.get("code", within_s=LONG_S)  # the first rank reads until then
         return 0
@@ -249,7 +252,6 @@ def examine(rank: Rank, *, out: str | None) -> int:
 def machine(rank: Rank) -> None:
     """What one rank, or the first of a node, finds out by itself."""
     place, gpus, asked = rank.place, rank.device.type == "cuda", rank.asked
-    variables = doctor_versions.environment()
     caches = {name: os.environ[name] for name in doctor_host.CACHES if name in os.environ}
     interfaces = {name: os.environ[name] for name in doctor_host.INTERFACES if name in os.environ}
     slowing = {
@@ -257,11 +259,10 @@ def machine(rank: Rank) -> None:
         for name in (*(n for n, _ in doctor_host.HURTFUL), "OMP_NUM_THREADS")
         if name in os.environ
     }
-    rank.facts |= {
-        "versions": doctor_versions.versions(), "code": doctor_versions.code(), "environment": variables,
-        **doctor_host.identity(),
-    }  # fmt: skip
+    rank.facts |= {"environment": doctor_versions.environment(), **doctor_host.identity()}
     quick: list[tuple[str, Check]] = [
+        ("versions", partial(_note, rank, "versions", doctor_versions.versions)),
+        ("code", partial(_note, rank, "code", doctor_versions.code)),
         ("environment: settings", lambda: [doctor_host.hurtful(slowing, ranks=place.node)]),
         ("versions: CUDA", doctor_versions.gpu_software),
         ("device: memory", lambda: doctor_device.memory(rank.device)),
@@ -290,6 +291,12 @@ def machine(rank: Rank) -> None:
         if not asked.quick:
             child = partial(doctor_kernels.in_a_child, rank.device, limit_s=KERNELS_S)
             rank.check("kernels", child, limit_s=KERNELS_S + SHORT_S)
+
+
+def _note(rank: Rank, kind: str, facts: Callable[[], Any]) -> list[Finding]:
+    """For the first rank to compare."""
+    rank.facts[kind] = facts()
+    return []
 
 
 def files(rank: Rank) -> None:
@@ -373,10 +380,9 @@ def conclude(rank: Rank, *, out: str | None) -> int:
     """The first rank's last word: everybody's report, compared, shown and written."""
     world, node = rank.place.world, rank.place.node
     reports, facts = {0: list(rank.findings)}, {0: rank.facts}
-    end = time.monotonic() + LONG_S
     silent = []
     for each in range(1, world):
-        report = rank.board.get(f"report {each}", within_s=max(0.0, end - time.monotonic()))
+        report = rank.board.get(f"report {each}", within_s=0.0)
         if report is None:
             silent.append(each)
             continue
@@ -398,7 +404,7 @@ def conclude(rank: Rank, *, out: str | None) -> int:
     if out is not None:
         told_of = {each: {**fact, "code": ""} for each, fact in facts.items()}
         about = {"code": code, "ranks": world, "ranks_per_node": node, "plan": plan, "facts": told_of}
-        write_json(Path(out), found, about=about)
+        within(SHORT_S, partial(write_json, Path(out), found, about=about))
         sys.stdout.write(f"report: {out}\n")
     return code
 

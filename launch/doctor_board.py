@@ -83,6 +83,7 @@ class Desk:
         self.changed.wait_for(lambda: name in self.decided or self.there[name] | self.lost >= everyone, within_s)
         if name not in self.decided:
             self.decided[name] = sorted(everyone - self.there[name])
+            self.lost |= {*self.decided[name]}  # they are not waited for again
             self.changed.notify_all()
         return self.decided[name]
 

@@ -47,7 +47,7 @@ class Finding:
 Check = Callable[[], Sequence[Finding]]
 
 
-class Hung(Exception):
+class Hung(OSError):
     """No answer within the limit; the message says where it is stuck."""
 
 
@@ -125,7 +125,7 @@ def judged(value: float, *, warn: float, fail: float) -> Status:
 def amount(value: float) -> str:
     """Bytes, such as 1.5 GB."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(value) >= size:
+        if abs(value) >= 0.9995 * size:
             return f"{value / size:.3g} {unit}" if abs(value) < 999.5 * size else f"{value / size:,.0f} {unit}"
     return f"{value:.0f} bytes"
 

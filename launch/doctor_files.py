@@ -221,7 +221,7 @@ def shared(marker: Marker) -> list[Finding]:
         return found + _locks_of_others(marker, asks=bool(found) and found[0].status != "fail")
     finally:
         if marker.first:
-            within(LIMIT_S, partial(marker.path.unlink, missing_ok=True))
+            within(LIMIT_S, lambda: marker.path.unlink(missing_ok=True))
 
 
 def _in_turn(marker: Marker, step: str, mine: bool, work: Callable[[], object]) -> str:
@@ -285,7 +285,7 @@ def _held(marker: Marker) -> Iterator[None]:
     if not marker.first:
         yield
         return
-    file = within(LIMIT_S, partial(marker.path.open, "a"))
+    file = within(LIMIT_S, lambda: marker.path.open("a"))
     with file:
         with suppress(Exception):  # without locks the others find it free, which is what they report
             within(LIMIT_S, lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB))

@@ -14,7 +14,7 @@ import torch
 
 from cogvideo_dist.config.autoencoder import VAERun
 from cogvideo_dist.config.schema import DiTRun
-from cogvideo_dist.parallel.mesh import AXES, Axis, Layout, ParallelMesh, Place, choose_layout, start
+from cogvideo_dist.parallel.mesh import Axis, Layout, ParallelMesh, Place, choose_layout, start
 from cogvideo_dist.parallel.ops import barrier, reduce_sum, shift, to_heads
 from launch.doctor_check import Finding, rate, told, within
 from launch.doctor_device import wait_for
@@ -28,6 +28,10 @@ HALF = 0.5
 
 UNEVEN = 2.0
 """Between the fastest and the slowest pair of like ranks."""
+
+
+NAMES = ("dp", "ring", "ulysses", "tp", "cp", "sp", "world", "replica", "sample")
+"""Axes, in the order in which one lends its name to others between the same ranks."""
 
 
 class Sizes(NamedTuple):
@@ -93,7 +97,7 @@ def layout_of(config: DiTRun | VAERun | None, place: Place) -> Layout:
 def axes_of(mesh: ParallelMesh) -> list[Axis]:
     """Those with something to send; of several between the same ranks the first."""
     found: dict[tuple[int, ...], Axis] = {}
-    for name in (*AXES, "cp"):
+    for name in NAMES:
         axis: Axis = getattr(mesh, name)
         if axis.size > 1:
             found.setdefault(axis.ranks, axis)

@@ -47,10 +47,14 @@ def merged(found: Mapping[int, Finding], hosts: Mapping[int, str]) -> Finding:
     ranks = [rank for rank, each in found.items() if each.status == worst]
     first = min(ranks, key=lambda rank: _weakness(found[rank]))
     chosen = found[first]
-    if len(found) > 1 and len({(each.status, each.found) for each in found.values()}) > 1:
-        among = f"; so or alike on {ranks_of(ranks)}" if len(ranks) > 1 and worst != "pass" else ""
-        least = "the least of all ranks, " if worst == "pass" and chosen.figures else ""
-        chosen = replace(chosen, found=f"{least}rank {first} ({hosts[first]}): {chosen.found}{among}")
+    if len({(each.status, each.found) for each in found.values()}) > 1:
+        whose = f"rank {first} ({hosts[first]})"
+        if worst == "pass" and chosen.figures:
+            said = f"{chosen.found} ({whose}, the least of all)"
+        else:
+            alike = f"; so or alike on {ranks_of(ranks)}" if len(ranks) > 1 and worst != "pass" else ""
+            said = f"{whose}: {chosen.found}{alike}"
+        chosen = replace(chosen, found=said)
     return straggling(chosen, found, hosts=hosts)
 
 
