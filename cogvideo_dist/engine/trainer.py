@@ -60,23 +60,25 @@ class Trainer:
 
     def __init__(
         self, settings: Settings, task: Task, *, batches: Batches, mesh: ParallelMesh, data_limits: DataLimits,
-        origin: Origin | None = None, stop: Stop | None = None,
+        origin: Origin | None = None, outside: Outside | None = None,
     ) -> None:  # fmt: skip
         self.settings, self.task, self.batches, self.mesh = settings, task, batches, mesh
         self.origin, self.samples = origin or Origin(), 0
-        self.limits = data_limits
+        self.limits, self.outside = data_limits, outside or Outside()
+        self.mark = self.outside.mark
         self.folder = Path(settings.run.dir)
         own = Learner("", task.model, settings.train, task.loss)
         self.players = [Player(learner, self._engine(learner)) for learner in (own, *task.rivals(settings.train))]
         self.engine = self.players[0].engine
         self.meter = Meter()
         self.unreported: Mapping[str, Sequence[float]] = {}  # by an earlier start, which was stopped
+        self.mark("load")
         self.first_step, problems = self._restore()
         self.log = RunLog(self.folder, first_step=self.first_step, steps=settings.train.steps, speaks=mesh.is_first)
         for problem in problems:
             self.log.say(f"warning: going on from step {self.first_step}: {problem}")
         self.saver = Saver(self.folder / "ckpt", settings.checkpoint, mesh=mesh, say=self.log.say)
-        self.stop, self.ballot = stop or _never, Ballot(mesh.world, self.engine.device)
+        self.ballot = Ballot(mesh.world, self.engine.device)
         self.longest_s = 0.0  # of all steps
         self.held_out: dict[str, float] = {}
         self.judged = -1  # after which step
@@ -93,12 +95,14 @@ class Trainer:
         ended = False
         try:
             self._run()
+            self.mark("save")
             self.saver.end()
             ended = True
         except FloatingPointError:  # on all ranks, since it is found in sums over them
             self.saver.finish()
             raise
         finally:
+            self.mark("end")
             self.saver.close(wait=ended)
             self.log.close()
 
@@ -128,6 +132,8 @@ class Trainer:
                 self.validate(done)
             if last or _due(done, self.settings.validation.samples_every):
                 self.show(done)
+            if saving:
+                self.mark("save", done)
             if last or stopping:
                 self.saver.finish()  # the last one is not skipped because another is being written
             if saving:
@@ -141,7 +147,7 @@ class Trainer:
                 )
 
     def _stop_reason(self) -> str:
-        return self.stop(pace_s=self.longest_s + self.saver.took_s)
+        return self.outside.stop(pace_s=self.longest_s + self.saver.took_s)
 
     def _engine(self, learner: Learner) -> Engine:
         return Engine(learner.model, learner.train, mesh=self.mesh, micro_steps=self.limits.micro_steps)
@@ -170,6 +176,7 @@ class Trainer:
 
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
         for _ in range(self.limits.micro_steps):
+            self.mark("data", step + 1)
             waited = time.monotonic()
             batch = next(batches)
             self.meter.add("time/loader_wait", time.monotonic() - waited)
@@ -181,11 +188,14 @@ class Trainer:
 
     def _learn(self, player: Player, batch: Batch) -> None:
         """One micro-step of one of the models."""
-        learner, engine = player.learner, player.engine
+        learner, engine, step = player.learner, player.engine, batch.plan.step
+        self.mark("forward", step + 1)
         with engine.keeping():
             loss = learner.loss(engine.forward, batch)
+        self.mark("backward", step + 1)
         engine.backward(loss.total)
-        engine.step(player.rate(batch.plan.step))
+        self.mark("update", step + 1)
+        engine.step(player.rate(step))
         # Losses are shares of every rank: their sum over ranks and micro-steps is that of a step.
         share = 1 / (self.mesh.world.size * self.limits.micro_steps)
         self.meter.add(f"{learner.tag}loss", loss.total.detach(), weight=share)
@@ -300,7 +310,9 @@ class Trainer:
         """Held-out losses, over all ranks' shares of the held-out clips."""
         meter = Meter()
         self.engine.model.eval()
+        self.mark("judge", done)
         for batch, weight in self.batches.held_out():
+            self.mark("judge", done)
             self.noticed += batch.defects
             for name, (value, count) in self.task.held_out_loss(self.engine.forward, batch).items():
                 meter.add(name, value * weight, weight=count * weight)
@@ -320,6 +332,7 @@ class Trainer:
         """Pictures from the averaged weights."""
         if not self.settings.validation.samples_every:
             return
+        self.mark("judge", done)
         self.engine.model.eval()
         with self.engine.averaged():
             self.log.pictures(done, self.task.pictures(self.engine.forward))
@@ -358,8 +371,27 @@ class Stop(Protocol):
     def __call__(self, *, pace_s: float) -> str: ...
 
 
+class Mark(Protocol):
+    """What this rank is at from now on, for whoever watches it: load, data, forward, backward, update, save, judge or end;
+    ``step``: of making which step, counted from 1."""
+
+    def __call__(self, phase: str, step: int = 0) -> None: ...
+
+
 def _never(*, pace_s: float) -> str:
     return ""
+
+
+def _unwatched(phase: str, step: int = 0) -> None:
+    """Nobody is told."""
+
+
+@dataclass(frozen=True)
+class Outside:
+    """How a run hears of the world and the world of it."""
+
+    stop: Stop = _never
+    mark: Mark = _unwatched
 
 
 @dataclass(frozen=True)
