@@ -77,7 +77,7 @@ def ours(player: Player, mesh: ParallelMesh, folder: Path, *, asynchronous: bool
     peak(reset=True)
     for step in range(1, SAVES + 1):
         begun = time.perf_counter()
-        saver.save(Saved(step, 0, {}, {}), [player.state(1)])
+        saver.save(Saved(step, 0, {}, {}), [player.state()])
         stall = time.perf_counter() - begun
         saver.finish()
         found = {"stall": stall, "total": time.perf_counter() - begun}
@@ -112,7 +112,7 @@ def bench_saving(config: DiTConfig, folder: Path, *, mesh: ParallelMesh) -> dict
     count = sum(p.numel() for p in player.engine.names.values())
     state: dict[str, dict[str, Tensor]] = {
         kind: {name: player.engine._fragment(p, kind) for name, p in player.engine.names.items()}
-        for kind in player.state(1).kinds()
+        for kind in player.state().kinds()
     }
     return {
         "parameters": count,

@@ -164,6 +164,10 @@ class Task(Protocol):
         """What a person looks at to judge the run. Every rank makes them, since the model may be sharded."""
         ...
 
+    def describe(self, batch: Batch) -> Sequence[Mapping[str, Any]]:
+        """What was drawn for each sample of a batch (its timestep, say), to be told where something is wrong with it."""
+        ...
+
     def notices(self) -> list[Defect]:
         """Samples that are used, but not whole, as met since this was last asked."""
         ...

@@ -39,7 +39,8 @@ GEMM, ATTENTION = 700e12, 470e12
 FREE = {
     "run.dir", "log", "watch", "checkpoint", "validation", "frozen", "data.workers", "data.max_bad_share", "data.memory_gb",
     "data.remote", "train.steps",
-    "train.zero_stage", "train.precision", "train.recompute", "train.offload", "model.weights", "parallel",
+    "train.zero_stage", "train.precision", "train.recompute", "train.offload",
+    "train.non_finite", "train.non_finite_in_a_row", "train.checksum_every", "model.weights", "parallel",
 }  # fmt: skip
 """What may change between a run and its continuation without changing what is computed, or is meant to (more steps)."""
 

@@ -17,7 +17,8 @@ from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.engine.lease import Lease
 from cogvideo_dist.engine.lineage import FILE, Lineage
 from cogvideo_dist.engine.manifest import CheckpointError
-from cogvideo_dist.engine.trainer import DataLimits, Origin, Outside, Trainer
+from cogvideo_dist.engine.outside import Outside
+from cogvideo_dist.engine.trainer import DataLimits, Origin, Trainer
 from cogvideo_dist.evaluation.media import replacing
 from cogvideo_dist.parallel.agreement import check_alike
 from cogvideo_dist.parallel.mesh import ParallelMesh, Place

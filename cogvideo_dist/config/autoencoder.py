@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cogvideo_dist.config.schema import Checkpoint, Data, Log, Run, Train, Validation, Watch, positive, share
+from cogvideo_dist.config.schema import Checkpoint, Data, Log, Run, Train, Validation, positive, share
+from cogvideo_dist.config.watch import Watch
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cogvideo_dist.config.adaptation import Init, LoRA
+from cogvideo_dist.config.watch import Watch
 from cogvideo_dist.models.presets import PRESETS, DiTConfig, RopeGrid
 
 Size = tuple[int, int, int]
@@ -260,6 +261,11 @@ class Train:
     """The optimizer's run. AdamW; the learning rate warms up linearly, then stays or falls as a cosine.
 
     ``optimizer: adamw8bit`` keeps both moments in 8 bits (Dettmers et al. 2021, arXiv 2110.02861).
+
+    ``non_finite``: what is done about a step whose loss or gradients are not finite, and whose update no rank makes: ``stop``
+    ends the run, ``skip`` goes on without, ``rewind`` goes back to the newest checkpoint and leaves it out on the way; at most
+    ``non_finite_in_a_row`` in a row. ``checksum_every``: steps after which the weights that ranks hold alike are compared
+    (0: never).
     """
 
     steps: int
@@ -277,6 +283,9 @@ class Train:
     recompute: Literal["none", "feed_forward", "all_but_attention", "full"] = "none"
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     offload: Offload = field(default_factory=Offload)
+    non_finite: Literal["stop", "skip", "rewind"] = "stop"
+    non_finite_in_a_row: int = 3
+    checksum_every: int = 500
 
     def __post_init__(self) -> None:
         if self.offload.parameters and self.zero_stage != 3:
@@ -289,6 +298,8 @@ class Train:
                 "hold on to the inputs that they compute from again"
             )
         positive("train", steps=self.steps, eps=self.eps, clip_norm=self.clip_norm)
+        if self.non_finite_in_a_row < 1 or self.checksum_every < 0:
+            raise ValueError("train.non_finite_in_a_row must be at least 1, train.checksum_every at least 0")
         share("train", **{"betas.0": self.betas[0], "betas.1": self.betas[1], "ema_decay": self.ema_decay})
         if self.learning_rate < 0 or self.weight_decay < 0 or self.warmup_steps < 0:
             raise ValueError("train.learning_rate, weight_decay and warmup_steps must be >= 0")
@@ -364,40 +375,21 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Watch:
-    """Seconds that a rank may take for one thing; if it takes longer, the run counts as hanging and ends. 0: any time.
-
-    ``init_s``: until all ranks have met. ``build_s``: models and data; ``load_s``: a checkpoint. ``step_s``: a forward, a
-    backward or an update of one pack, ``first_step_s``: the same in the first step after a start, in which kernels are
-    compiled. ``data_s``: for a batch. ``save_s``: until the run goes on after a checkpoint; ``judge_s``: a held-out batch, or
-    the pictures; ``end_s``: what is left to do after the last step, such as uploads.
-    """
-
-    init_s: float = 300.0
-    build_s: float = 3600.0
-    load_s: float = 3600.0
-    first_step_s: float = 3600.0
-    step_s: float = 600.0
-    data_s: float = 900.0
-    save_s: float = 3600.0
-    judge_s: float = 3600.0
-    end_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 0:
-                raise ValueError(f"watch.{name} must be at least 0, found {value}")
-
-
-@dataclass(frozen=True)
 class Log:
-    """``peak_tflops``: the device's peak for the utilisation figure; left out, it is looked up, or measured on a CPU."""
+    """``peak_tflops``: the device's peak for the utilisation figure; left out, it is looked up, or measured on a CPU.
+
+    ``spikes``: by how many deviations a reported loss or gradient norm must exceed the median of earlier ones to be called a
+    spike (0: none is).
+    """
 
     every: int = 10
     peak_tflops: float | None = None
+    spikes: float = 8.0
 
     def __post_init__(self) -> None:
         positive("log", every=self.every, peak_tflops=self.peak_tflops)
+        if self.spikes < 0:
+            raise ValueError(f"log.spikes must be at least 0, found {self.spikes}")
 
 
 @dataclass(frozen=True)

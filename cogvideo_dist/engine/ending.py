@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class Stopped(Exception):
     """A run was asked to stop, and has: its last step is saved, and the same command goes on from there."""
+
+
+class Rewind(Exception):
+    """A run goes back to its newest checkpoint, in the same processes; why."""

@@ -87,6 +87,18 @@ class RunLog:
                 f"warning: logs cannot be written ({error}); the run goes on, and lines are kept until they can be"
             )
 
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after ``step``, from which the run goes on once more."""
+        if not self.speaks:
+            return
+        self.lines.close()
+        self.board.close()
+        logged = _drop_after(self.folder / "log.jsonl", step)
+        self._note_start(step, lost=max(0, logged - step))
+        self.lines = Lines(self.folder / "log.jsonl", self._trouble)
+        self.board = Board(self.folder / "tensorboard", first_step=step, trouble=self._trouble)
+        self.progress(step)
+
     def _note_start(self, first_step: int, *, lost: int) -> None:
         """A line of ``starts.jsonl``, which no start drops; ``lost``: steps that an earlier one logged and this one makes
         again."""

@@ -2,6 +2,7 @@
 
     format, step, seed, samples, bad, scaler       the run's place; ``samples`` clips were seen, ``bad`` of them replaced
     meter                                          name -> [sum, weight] of what is not reported yet
+    numbers                                        updates made, by model, and what else watching the numbers remembers
     about, lineage                                 of which model and run, and the stages before it
     facts                                          configuration and its digest, versions, layout, data, held-out losses
     tensors   model -> name -> [shape, split]      whole shapes; split: [dimension, stacked parts] or null
@@ -60,6 +61,7 @@ class Manifest(TypedDict):
     scaler: dict[str, float]
     lineage: list[dict[str, Any]]
     meter: dict[str, tuple[float, float]]
+    numbers: NotRequired[dict[str, Any]]
     facts: dict[str, Any]
     tensors: dict[str, dict[str, tuple[list[NonNegativeInt], tuple[NonNegativeInt, NonNegativeInt] | None]]]
     writers: list[Writer]
@@ -85,7 +87,8 @@ class OtherRun(CheckpointError):
 class Saved:
     """What a checkpoint holds beside tensors: ``step`` updates were made on ``samples`` clips, of which ``bad`` took the place
     of others; ``about`` tells of which run and model, ``lineage`` of the stages before it, ``meter`` is what was
-    measured since the last report, ``facts`` what else is worth knowing."""
+    measured since the last report, ``numbers`` what is remembered of steps that went wrong, ``facts`` what else is worth
+    knowing."""
 
     step: int
     seed: int
@@ -96,6 +99,7 @@ class Saved:
     lineage: Sequence[Mapping[str, Any]] = ()
     meter: Mapping[str, Sequence[float]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Mapping[str, Any] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -103,7 +107,7 @@ class Saved:
 
 
 def saved_of(manifest: Manifest) -> Saved:
-    plain: dict[str, Any] = {**manifest, "lineage": tuple(manifest["lineage"])}
+    plain: dict[str, Any] = {"numbers": {}, **manifest, "lineage": tuple(manifest["lineage"])}
     return Saved(**{each.name: plain[each.name] for each in fields(Saved)})
 
 

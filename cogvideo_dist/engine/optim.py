@@ -19,8 +19,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class AdamWithEma(torch.optim.AdamW):
     """``state[p]["ema"]`` follows the weights: ema = d * ema + (1 - d) * p with d = min(decay, (1 + n) / (10 + n)).
 
-    It lives in the optimizer's state so that ZeRO shards it like the moments.
+    It lives in the optimizer's state so that ZeRO shards it like the moments. While it ``refuses``, ``step`` does nothing.
     """
+
+    refuses = False
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, ema_decay: float | None, **options: Any) -> None:
         super().__init__(groups, **options)
@@ -42,6 +44,8 @@ class AdamWithEma(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        if self.refuses:
+            return
         if self.ema_decay is None:
             self.update(closure)
             return

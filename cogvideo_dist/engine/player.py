@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cogvideo_dist.engine.checkpoint import Stored, check_shapes
-from cogvideo_dist.engine.manifest import OtherRun
+from cogvideo_dist.engine.manifest import OtherRun, Saved
 from cogvideo_dist.engine.optim import learning_rate, state_keys
+from cogvideo_dist.engine.outside import Mark, unwatched
 from cogvideo_dist.engine.pieces import Cut, Piece
 from cogvideo_dist.engine.zero import Engine
-from cogvideo_dist.protocols import Learner
+from cogvideo_dist.protocols import Batch, Learner, Loss
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,26 @@ class Player:
         """Its learning rate in the run's step ``step``."""
         return learning_rate(self.learner.train, step - self.learner.start)
 
-    def own_step(self, done: int) -> int:
-        """Updates that it has had after ``done`` of the run's."""
-        return max(0, done - self.learner.start)
+    def learn(self, batch: Batch, mark: Mark = unwatched) -> Loss:
+        """Forward and backward of a micro-step."""
+        mark("forward", batch.plan.step + 1)
+        with self.engine.keeping():
+            loss = self.learner.loss(self.engine.forward, batch)
+        mark("backward", batch.plan.step + 1)
+        self.engine.backward(loss.total)
+        return loss
 
-    def state(self, done: int) -> State:
-        """What is saved of it after ``done`` steps of the run."""
-        keys = state_keys(self.learner.train) if self.own_step(done) else ()
+    def updates(self, saved: Saved) -> int:
+        """That it had had when ``saved`` was written: one in every step from its start on, but for those that were left out."""
+        made: Mapping[str, int] = saved.numbers.get("updates", {})
+        return made.get(self.learner.name, max(0, saved.step - self.learner.start))
+
+    def state(self) -> State:
+        """What is saved of it."""
+        return self._state(self.engine.updates)
+
+    def _state(self, updates: int) -> State:
+        keys = state_keys(self.learner.train) if updates else ()
         return State(self.learner.name, self.engine, ("weights", *keys))
 
     def scaler(self) -> dict[str, float]:
@@ -41,7 +55,7 @@ class Player:
 
     def check(self, stored: Stored) -> None:
         """Raise ``OtherRun`` if ``stored`` is of another model or of other settings."""
-        name, expected = self.learner.name, self.state(stored.saved.step).kinds()
+        name, expected = self.learner.name, self._state(self.updates(stored.saved)).kinds()
         found = {key: cut.shape for key, cut in stored.cuts(name).items()}
         if found:
             own = {key: cut.shape for key, cut in self.engine.cuts().items()}
@@ -56,12 +70,13 @@ class Player:
     def restore(self, stored: Stored) -> None:
         """Become what it was when ``stored`` was written. Raises ``CheckpointError`` if that is damaged."""
         learner, name, cuts = self.learner, self.learner.name, self.engine.cuts()
-        step = stored.saved.step
+        updates = self.updates(stored.saved)
         self.engine.restore(
             lambda kind, key, piece: stored.read(kind, key, piece=piece, cut=cuts[key], model=name),
-            kinds=self.state(step).kinds(),
-            step=self.own_step(step),
+            kinds=self._state(updates).kinds(),
+            step=updates,
         )
+        self.engine.overflows = stored.saved.numbers.get("overflows", {}).get(name, 0)
         scaler = stored.saved.scaler
         # a run that had another precision before begins with a fresh scale
         self.engine.scaler = {

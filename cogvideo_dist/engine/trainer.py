@@ -10,21 +10,25 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from cogvideo_dist.config.schema import Checkpoint, Log, Run, Train, Validation
-from cogvideo_dist.engine.checkpoint import Stored
-from cogvideo_dist.engine.ending import Stopped
+from cogvideo_dist.engine.checkpoint import Stored, checkpoints
+from cogvideo_dist.engine.ending import Rewind, Stopped
 from cogvideo_dist.engine.flops import peak_flops
 from cogvideo_dist.engine.lineage import Lineage
 from cogvideo_dist.engine.log import Meter, RunLog, means, peak_memory
 from cogvideo_dist.engine.manifest import Saved, check_about
+from cogvideo_dist.engine.numbers import Numbers, check_scales, updatable
+from cogvideo_dist.engine.outside import Outside
 from cogvideo_dist.engine.player import Player
+from cogvideo_dist.engine.replay import examine
 from cogvideo_dist.engine.restoring import restore_newest
 from cogvideo_dist.engine.saving import Saver
 from cogvideo_dist.engine.zero import DEEPSPEED, Engine
 from cogvideo_dist.parallel.ballot import Ballot
 from cogvideo_dist.parallel.mesh import ParallelMesh
-from cogvideo_dist.parallel.ops import gather_objects
+from cogvideo_dist.parallel.ops import broadcast_object, gather_objects
 from cogvideo_dist.protocols import Batch, Defect, Learner, Task
 
 
@@ -51,6 +55,9 @@ class Settings(Protocol):
     def validation(self) -> Validation: ...
 
 
+Figure = tuple[str, Tensor | float, Tensor | float]
+"""Name, value and weight of what is to be metered."""
+
 ELAPSED, LISTED = "elapsed", "listed"
 """Among what is not reported yet: seconds of steps, and samples that were replaced and used in part."""
 
@@ -73,7 +80,8 @@ class Trainer:
         self.meter = Meter()
         self.unreported: Mapping[str, Sequence[float]] = {}  # by an earlier start, which was stopped
         self.mark("load")
-        self.first_step, problems = self._restore()
+        self.numbers = Numbers(self.folder, settings.train, mesh=mesh)
+        self.first_step, problems = self._restore(self.origin.checkpoint)
         self.log = RunLog(self.folder, first_step=self.first_step, steps=settings.train.steps, speaks=mesh.is_first)
         for problem in problems:
             self.log.say(f"warning: going on from step {self.first_step}: {problem}")
@@ -107,14 +115,23 @@ class Trainer:
             self.log.close()
 
     def _run(self) -> None:
-        steps = self.settings.train.steps
         if self.first_step == 0:
             self.validate(0)
-        batches = self.batches.iterate(self.first_step)
+        first: int | None = self.first_step
+        while first is not None:
+            first = self._run_from(first)
+
+    def _run_from(self, first: int) -> int | None:
+        """Train from a step to the end, or until the run goes back to another one."""
+        steps = self.settings.train.steps
+        batches = self.batches.iterate(first)
         self.since = time.monotonic() - self.unreported.get(ELAPSED, (0.0,))[0]
-        for step in range(self.first_step, steps):
+        for step in range(first, steps):
             began = time.monotonic()
-            self._step(step, batches)
+            try:
+                self._step(step, batches)
+            except Rewind as why:
+                return self._go_back(str(why))
             self.longest_s = max(self.longest_s, time.monotonic() - began)
             self.saver.poll()
             done = step + 1
@@ -126,7 +143,7 @@ class Trainer:
             if last or done % self.settings.checkpoint.every == 0 or done % self.settings.log.every == 0:
                 self._report(done)
             elif stopping:
-                unreported = self._unreported(done)
+                unreported = self._unreported()
             begun = time.monotonic()
             if last or _due(done, self.settings.validation.every):
                 self.validate(done)
@@ -145,6 +162,16 @@ class Trainer:
                 raise Stopped(
                     f"stopped after step {done}, which is saved: {reason}; the same command goes on from there"
                 )
+        return None
+
+    def _go_back(self, why: str) -> int:
+        """Become what the newest checkpoint has, and go on from there."""
+        self.meter.sums, self.defects, self.noticed = {}, [], []
+        first, problems = self._restore(None)
+        self.log.rewind(first)
+        for text in (why, *problems):
+            self.log.say(f"warning: going back to step {first}: {text}")
+        return first
 
     def _stop_reason(self) -> str:
         return self.outside.stop(pace_s=self.longest_s + self.saver.took_s)
@@ -152,11 +179,9 @@ class Trainer:
     def _engine(self, learner: Learner) -> Engine:
         return Engine(learner.model, learner.train, mesh=self.mesh, micro_steps=self.limits.micro_steps)
 
-    def _restore(self) -> tuple[int, list[str]]:
+    def _restore(self, wanted: str | None) -> tuple[int, list[str]]:
         """Take up the state of the checkpoint that the run goes on from; its step, and what was wrong with newer ones."""
-        stored, problems = restore_newest(
-            self.folder / "ckpt", self.mesh, restore=self._take_up, wanted=self.origin.checkpoint
-        )
+        stored, problems = restore_newest(self.folder / "ckpt", self.mesh, restore=self._take_up, wanted=wanted)
         if stored is None:
             return 0, []
         self.limits.bad, self.unreported = stored.saved.bad, stored.saved.meter
@@ -164,6 +189,7 @@ class Trainer:
             {name: pair for name, pair in self.unreported.items() if name not in (ELAPSED, LISTED)},
             mine=self.mesh.is_first,
         )
+        self.numbers.restore(stored.saved.numbers)
         self.samples = self.limits.samples = stored.saved.samples - self._carried("samples")
         return stored.saved.step, problems
 
@@ -175,32 +201,69 @@ class Trainer:
             player.restore(stored)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
-        for _ in range(self.limits.micro_steps):
+        """All micro-steps of a step, and its update; or neither, where it is to be left out."""
+        packs: list[Batch] = []
+        learned: list[Figure] = []
+        for micro in range(self.limits.micro_steps):
             self.mark("data", step + 1)
             waited = time.monotonic()
             batch = next(batches)
             self.meter.add("time/loader_wait", time.monotonic() - waited)
-            for player in self.players:
-                if step >= player.learner.start:
-                    self._learn(player, batch)
+            packs.append(batch)
+            if step + 1 not in self.numbers.left_out:
+                learned += self._learn(batch)
+                if micro + 1 == self.limits.micro_steps:
+                    self._update(step, packs)
             self._count(batch)
+        if step + 1 not in self.numbers.left_out:
+            for name, value, weight in learned:
+                self.meter.add(name, value, weight=weight)
+        self.numbers.taken(step + 1)
         self.meter.add("steps", 1.0)
 
-    def _learn(self, player: Player, batch: Batch) -> None:
-        """One micro-step of one of the models."""
-        learner, engine, step = player.learner, player.engine, batch.plan.step
-        self.mark("forward", step + 1)
-        with engine.keeping():
-            loss = learner.loss(engine.forward, batch)
-        self.mark("backward", step + 1)
-        engine.backward(loss.total)
-        self.mark("update", step + 1)
-        engine.step(player.rate(step))
+    def _learning(self, step: int) -> list[Player]:
+        """Those that learn in a step."""
+        return [player for player in self.players if step >= player.learner.start]
+
+    def _learn(self, batch: Batch) -> list[Figure]:
+        """One micro-step of every model but for the update, and what is to be metered of it."""
+        players = self._learning(batch.plan.step)
+        found: list[Figure] = []
         # Losses are shares of every rank: their sum over ranks and micro-steps is that of a step.
         share = 1 / (self.mesh.world.size * self.limits.micro_steps)
-        self.meter.add(f"{learner.tag}loss", loss.total.detach(), weight=share)
-        for name, (value, weight) in loss.metrics.items():
-            self.meter.add(name, value, weight=weight)
+        for player in players:
+            loss = player.learn(batch, self.mark)
+            found.append((f"{player.learner.tag}loss", loss.total.detach(), share))
+            found += [(name, value, weight) for name, (value, weight) in loss.metrics.items()]
+        for player in players:
+            if not player.engine.at_boundary:
+                player.engine.step(player.rate(batch.plan.step))
+        return found
+
+    def _update(self, step: int, packs: Sequence[Batch]) -> None:
+        """Of all models or, where anything of any of them is not finite on any rank, of none."""
+        players = self._learning(step)
+        self.mark("update", step + 1)
+        engines = {player.learner.name: player.engine for player in players}
+        if updatable(list(engines.values()), self.mesh.world):
+            for player in players:
+                player.engine.step(player.rate(step))
+            check_scales(engines, step + 1)
+            return
+        sound = all(engine.loss_is_finite for engine in engines.values())
+        for engine in engines.values():
+            engine.discard()
+        accounts = examine(players, packs, mesh=self.mesh, describe=self.task.describe)
+        for account, finite in zip(accounts, gather_objects(sound, self.mesh.world)):
+            account["loss_was_finite"] = finite
+        self.numbers.wrong(step + 1, accounts, can_go_back=self._can_go_back())
+
+    def _can_go_back(self) -> bool:
+        """Whether there is a checkpoint; one that is being written is waited for."""
+        if self.settings.train.non_finite != "rewind":
+            return False
+        self.saver.finish()
+        return bool(broadcast_object(bool(checkpoints(self.folder / "ckpt")), self.mesh.world))
 
     def _count(self, batch: Batch) -> None:
         """What the ranks of a sample know alike, one of them counts."""
@@ -243,8 +306,8 @@ class Trainer:
         self.log.scalars(done, values)
         self.log.progress(
             done,
-            loss=f"{values['loss']:.4f}",
-            norm=f"{values['gradient_norm']:.3f}",
+            loss=f"{values.get('loss', math.nan):.4f}",
+            norm=f"{values.get('gradient_norm', math.nan):.3f}",
             mfu=f"{values['throughput/mfu']:.0%}",
         )
         self._check_data(int(samples[0]), replaced)
@@ -253,27 +316,26 @@ class Trainer:
         """What an earlier start had metered and not reported."""
         return int(self.unreported.get(name, (0.0, 0.0))[0])
 
-    def _unreported(self, done: int) -> dict[str, tuple[float, float]]:
-        """What was metered since the last report, over all ranks, for whoever goes on from here; the losses are finite."""
+    def _unreported(self) -> dict[str, tuple[float, float]]:
+        """What was metered since the last report, over all ranks, for whoever goes on from here."""
         sums = self.meter.reduce(self.mesh.world, self.engine.device)
-        self._learned(done, means(sums))
         self.samples += int(sums["samples"][0])
         replaced, partial = self._list_defects()
         return {**sums, ELAPSED: (time.monotonic() - self.since, 0.0), LISTED: (replaced, partial)}
 
     def _learned(self, done: int, averages: dict[str, float]) -> dict[str, float]:
-        """Each model's loss, which must be finite, learning rate and gradient norm."""
-        values = {}
+        """Each model's loss, learning rate and gradient norm; what was left out has none."""
+        values = {"numbers/left_out": float(self.numbers.total)} if self.numbers.total else {}
         for player in self.players:
             tag = player.learner.tag
             if done <= player.learner.start:
                 continue
-            loss = values[f"{tag}loss"] = averages.pop(f"{tag}loss")
-            if not math.isfinite(loss):
-                whose = f" of the {player.learner.name}" if player.learner.name else ""
-                raise FloatingPointError(f"the loss{whose} of step {done} is {loss}; the last checkpoint stands")
+            if f"{tag}loss" in averages:
+                values[f"{tag}loss"] = averages.pop(f"{tag}loss")
             values[f"{tag}learning_rate"] = player.rate(done - 1)
-            values[f"{tag}gradient_norm"] = float(player.engine.grad_norm or 0.0)
+            norm = float(player.engine.grad_norm or 0.0)
+            if done not in self.numbers.left_out and math.isfinite(norm):
+                values[f"{tag}gradient_norm"] = norm
             if player.engine.scaler:
                 values[f"{tag}loss_scale"] = player.engine.scaler["cur_scale"]
         return values
@@ -345,9 +407,18 @@ class Trainer:
             scaler |= player.scaler()
         saved = Saved(
             done, self.settings.run.seed, self._about(), scaler, samples=self.samples, bad=self.limits.bad,
-            lineage=self.origin.lineage.plain(), meter=unreported, facts=self._facts(done),
+            lineage=self.origin.lineage.plain(), meter=unreported, facts=self._facts(done), numbers=self._remembered(),
         )  # fmt: skip
-        self.saver.save(saved, [player.state(done) for player in self.players])
+        self.saver.save(saved, [player.state() for player in self.players])
+
+    def _remembered(self) -> dict[str, Any]:
+        """What watching the numbers goes on from."""
+        engines = {player.learner.name: player.engine for player in self.players}
+        return {
+            "updates": {name: engine.updates for name, engine in engines.items()},
+            "overflows": {name: engine.overflows for name, engine in engines.items()},
+            **self.numbers.state(),
+        }
 
     def _facts(self, done: int) -> dict[str, Any]:
         """What a checkpoint tells whoever looks at it; nothing of it decides how the run goes on."""
@@ -363,35 +434,6 @@ class Trainer:
 
     def _about(self) -> dict[str, Any]:
         return {"seed": self.settings.run.seed, **self.task.fingerprint()}
-
-
-class Stop(Protocol):
-    """Why this rank is to stop, empty if it is not; ``pace_s``: seconds that a step and a save take."""
-
-    def __call__(self, *, pace_s: float) -> str: ...
-
-
-class Mark(Protocol):
-    """What this rank is at from now on, for whoever watches it: load, data, forward, backward, update, save, judge or end;
-    ``step``: of making which step, counted from 1."""
-
-    def __call__(self, phase: str, step: int = 0) -> None: ...
-
-
-def _never(*, pace_s: float) -> str:
-    return ""
-
-
-def _unwatched(phase: str, step: int = 0) -> None:
-    """Nobody is told."""
-
-
-@dataclass(frozen=True)
-class Outside:
-    """How a run hears of the world and the world of it."""
-
-    stop: Stop = _never
-    mark: Mark = _unwatched
 
 
 @dataclass(frozen=True)

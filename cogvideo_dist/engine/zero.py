@@ -15,6 +15,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -62,7 +63,8 @@ def deepspeed_config(train: Train, *, replicas: int, micro_steps: int) -> dict[s
             "use_multi_rank_bucket_allreduce": False,  # it sums whole buckets on every rank: three times the reduce's bytes
             **offloaded(train),
         },
-        "bf16": {"enabled": train.precision == "bf16"},
+        # whether gradients are finite is asked once a step, of their norm (``Engine.pending_norm``)
+        "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": False},
         "fp16": {"enabled": train.precision == "fp16"},
         "data_types": {"grad_accum_dtype": "fp32"},
     }
@@ -130,6 +132,11 @@ class Engine:
         )
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.grad_norm: Tensor | float | None = None
+        self.updates = self.overflows = 0  # made so far; steps in a row that overflowed at fp16's least loss scale
+        self._sound: Tensor | None = None  # 1, or NaN once a loss of this step is not finite
+        self._norm: Tensor | None = None
+        if self.scaler:
+            self._ds.optimizer.loss_scaler.raise_error_at_min_scale = False  # whoever counts ``overflows`` ends the run
         self.shelf = Shelf(self.device) if train.offload.activations else None
 
     @property
@@ -153,6 +160,13 @@ class Engine:
         for name, value in values.items():
             setattr(self._ds.optimizer.loss_scaler, name, value)
 
+    @property
+    def scale_is_least(self) -> bool:
+        """Whether fp16's loss scale can become no smaller."""
+        return (
+            bool(self.scaler) and self._ds.optimizer.loss_scaler.cur_scale <= self._ds.optimizer.loss_scaler.min_scale
+        )
+
     def keeping(self) -> AbstractContextManager[object]:
         """The forward runs within: where ``train.offload.activations`` says so, what it keeps goes to the host."""
         return self.shelf.keeping() if self.shelf else nullcontext()
@@ -161,20 +175,65 @@ class Engine:
         """Accumulate the gradient of this rank's share of the step's loss.
 
         DeepSpeed averages over replicas and micro-steps; our loss is a share of a sum, so that mean is undone here, and
-        only here.
+        only here. A share that is not finite makes its gradients NaN, so that their norm, a sum over all ranks, tells them all.
         """
-        self._ds.backward(loss * (self.mesh.replica.size * self.micro_steps))
+        sound = loss.detach() * 0 + 1
+        self._sound = sound if self._sound is None else self._sound * sound
+        self._ds.backward(loss * sound * (self.mesh.replica.size * self.micro_steps))
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether this micro-step is the last one of a step."""
+        return bool(self._ds.is_gradient_accumulation_boundary())
+
+    @property
+    def loss_is_finite(self) -> bool:
+        """Of this rank's shares of the step's loss, so far."""
+        return self._sound is None or bool(self._sound.isfinite())
+
+    def pending_norm(self) -> Tensor:
+        """Of the gradients that the last micro-step's ``step`` is about to use, before clipping and under fp16 scaled: on all
+        ranks not finite where one element on one of them is not. Stays on the device. Collective."""
+        outer = self._ds.optimizer
+        if self.stage == 0:
+            self._norm = self._gradient_norm()
+            return self._norm
+        if self.stage == 3:
+            return combine_grad_norm_groups(outer._get_norm_groups())
+        if isinstance(outer, BF16_Optimizer):
+            grads, _ = outer.get_grads_for_norm()
+            norm = get_global_norm_of_tensors(input_tensors=grads, mpu=outer.mpu, norm_type=outer.norm_type)
+            return combine_grad_norm_groups([norm])  # which makes infinite what the other one made -1
+        outer._wait_for_offload_copies()
+        return outer.scaled_global_norm()
 
     def step(self, learning_rate: float) -> None:
         """End a micro-step; at the last one of a step clip by the global norm and update."""
         for group in self._ds.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self.stage == 0 and self._ds.is_gradient_accumulation_boundary():
+        last, least = self.at_boundary, self.scale_is_least
+        if self.stage == 0 and last:
             # Stage 0 clips without keeping the norm; gradients are reduced already.
-            self.grad_norm = self._gradient_norm()
+            self.grad_norm = self._gradient_norm() if self._norm is None else self._norm
         self._ds.step()
         if self.stage > 0:
             self.grad_norm = self._ds.get_global_grad_norm()
+        if last:
+            updated = self._ds.was_step_applied()
+            self.updates += updated
+            self.overflows = self.overflows + 1 if least and not updated else 0
+            self._sound = self._norm = None
+
+    def discard(self) -> None:
+        """End the last micro-step without an update: weights, moments, averages, their counts and the loss scale stay as they
+        are to the bit."""
+        scaler, self._inner.refuses = self.scaler, True
+        try:
+            self._ds.step()
+        finally:
+            self._inner.refuses = False
+        self.scaler = scaler
+        self._sound = self._norm = None
 
     def _gradient_norm(self) -> Tensor:
         """Of the whole parameters' gradients: what tp ranks hold alike counts once."""
@@ -242,6 +301,7 @@ class Engine:
         ``read(kind, name, piece)`` gives the elements of a piece, float32 [piece.count].
         """
         self._inner.state.clear()  # of an attempt at a newer checkpoint, which had updates
+        self.updates = step
         if step > 0:
             self._create_state(step)
         held = self.held()
@@ -261,7 +321,7 @@ class Engine:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within, the model works with its EMA weights. Collective."""
-        if self.train.ema_decay is None:
+        if self.train.ema_decay is None or not self.updates:  # the average begins as the weights
             yield
             return
         self._link_state()

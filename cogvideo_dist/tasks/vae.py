@@ -173,6 +173,9 @@ class VAETask:
             pictures.append(Picture(f"clip-{sample.key}", caption, three, self.fps))
         return pictures
 
+    def describe(self, batch: Batch) -> Sequence[Mapping[str, Any]]:
+        return [{} for _ in batch.samples]
+
     def notices(self) -> list[Defect]:
         return []
 

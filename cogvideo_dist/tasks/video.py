@@ -91,9 +91,7 @@ class VideoTask:
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """The pack's share of the step's loss; timesteps, noise, posterior, condition and dropout follow (seed, epoch, step,
         sample)."""
-        draw = TIMESTEP_SAMPLING[self.diffusion.timesteps]
-        all_timesteps = draw(self.seed, batch.plan.step, clips=batch.plan.clips)
-        timesteps = all_timesteps[batch.first : batch.first + len(batch.samples)]
+        timesteps = self._timesteps(batch)
         latents = self._latents(batch.samples)
         noise = [
             torch.randn(latent.shape, generator=fold(self.seed, "noise", sample.slot.epoch, sample.slot.index))
@@ -147,6 +145,9 @@ class VideoTask:
     def rivals(self, train: Train) -> Sequence[Learner]:
         return ()
 
+    def describe(self, batch: Batch) -> Sequence[Mapping[str, Any]]:
+        return [{"timestep": timestep} for timestep in self._timesteps(batch)]
+
     def notices(self) -> list[Defect]:
         """Captions that are longer than the text length, once each."""
         cut, self.cut = self.cut, []
@@ -169,6 +170,12 @@ class VideoTask:
         if self.adapting is not None:
             facts |= {"lora": self.adapting.settings, "base": self.adapting.base}
         return facts
+
+    def _timesteps(self, batch: Batch) -> list[int]:
+        """Of the batch's clips."""
+        draw = TIMESTEP_SAMPLING[self.diffusion.timesteps]
+        all_timesteps = draw(self.seed, batch.plan.step, clips=batch.plan.clips)
+        return all_timesteps[batch.first : batch.first + len(batch.samples)]
 
     def _latents(self, samples: tuple[Sample, ...], *, sampled: bool = True) -> list[Tensor]:
         """[T, C, H, W] float32 each, as the transformer sees them: scaled, with the front padding of 1.5."""

@@ -165,7 +165,7 @@ def scale(mesh: ParallelMesh, root: str) -> list[dict[str, float]]:
         engines[0].scaler = by_hand
         folder = Path(root) / str(len(kept))
         saver = Saver(folder, KEPT.settings(folder).checkpoint, mesh=mesh, say=print)
-        saver.save(Saved(0, 1, {}, players[0].scaler() if kept else {}), [players[0].state(0)])
+        saver.save(Saved(0, 1, {}, players[0].scaler() if kept else {}), [players[0].state()])
         saver.close()
         players[1].restore(Stored.open(folder / "step-000000"))
         found.append({key: float(value) for key, value in engines[1].scaler.items()})

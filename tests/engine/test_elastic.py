@@ -90,7 +90,7 @@ def saves(mesh: ParallelMesh, way: Way, folder: Path) -> list[float]:
     player = player_of(mesh, way)
     losses(player, mesh, range(BEFORE))
     saver = Saver(folder, Checkpoint(1), mesh=mesh, say=lambda _: None)
-    saver.save(Saved(BEFORE, 0, {}, player.scaler()), [player.state(BEFORE)])
+    saver.save(Saved(BEFORE, 0, {}, player.scaler()), [player.state()])
     found = losses(player, mesh, range(BEFORE, BEFORE + AFTER))
     saver.finish()
     saver.close()

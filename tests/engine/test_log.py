@@ -21,7 +21,7 @@ def starts(folder: Path) -> list[dict[str, Any]]:
 def test_every_start_is_noted_with_the_steps_that_it_makes_again(tmp_path: Path) -> None:
     """A run that ends at a loss of no number has logged steps that its next start, from an older checkpoint, repeats."""
     (message,) = run_ranks(run, 1, settings(tmp_path, save=2), 3)
-    assert message.startswith("FloatingPointError: the loss of step 4 is nan")
+    assert message.startswith("FloatingPointError: step 4: the loss is nan")
     with (tmp_path / "log.jsonl").open("a") as log:  # as a killed one would leave it
         log.write('{"step": 5, "loss": 1.0}\n{"st')
     assert run_ranks(run, 1, settings(tmp_path, save=2)) == [""]

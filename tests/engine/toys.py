@@ -45,14 +45,17 @@ class Case:
     policy: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
     broken: str = ""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    log_every: int = 1
 
     def settings(self, folder: Path) -> Settings:
         train = Train(
             steps=self.steps, learning_rate=0.05, warmup_steps=2, schedule="cosine", precision="fp32",
             zero_stage=self.stage, ema_decay=0.9, clip_norm=0.5,
         )  # fmt: skip
+        train = replace(train, **self.training)
         policy = Checkpoint(EVERY, keep=self.keep, asynchronous=self.asynchronous, **self.policy)
-        return Settings(Run(str(folder), seed=SEED), train, policy, Log(1, peak_tflops=1.0), Validation(0))
+        return Settings(Run(str(folder), seed=SEED), train, policy, Log(self.log_every, peak_tflops=1.0), Validation(0))
 
 
 class Dealt:
@@ -124,6 +127,9 @@ class Noisy:
     def pictures(self, model: nn.Module) -> list[Picture]:
         return []
 
+    def describe(self, batch: Batch) -> Sequence[Mapping[str, Any]]:
+        return [{"timestep": batch.plan.step} for _ in batch.samples]
+
     def notices(self) -> list[Defect]:
         return []
 
@@ -148,18 +154,18 @@ class Watched(Trainer):
         super()._report(done)
         drawn = sorted(line for lines in gather_objects(self.task.drawn, self.mesh.world) for line in lines)
         self.task.drawn = []
-        pieces = gather_objects([piece for player in self.players for piece in owned(player, done)], self.mesh.world)
+        pieces = gather_objects([piece for player in self.players for piece in owned(player)], self.mesh.world)
         if self.mesh.is_first:
-            figures = {name: value.hex() for name, value in self.figures.items()}
+            figures = {name: float(value).hex() for name, value in self.figures.items()}
             counters = {"samples": self.samples, "bad": self.limits.bad, "judged": self.limits.samples}
             digest = hashlib.sha256(repr(sorted(piece for each in pieces for piece in each)).encode()).hexdigest()
             add_line(self.folder / WITNESS, {"step": done, **figures, **counters, "drawn": drawn, "state": digest})
 
 
-def owned(player: Player, done: int) -> list[tuple[str, str, str, int, str]]:
+def owned(player: Player) -> list[tuple[str, str, str, int, str]]:
     """Every element of a model's state that this rank has, or one of those that have it alike: (model, kind, tensor, place,
     value)."""
-    state, found = player.state(done), []
+    state, found = player.state(), []
     into = {kind: torch.empty(sum(piece.count for piece in state.owned().values())) for kind in state.kinds()}
     state.copy(into)
     for kind, values in into.items():

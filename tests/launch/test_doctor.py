@@ -38,7 +38,7 @@ def test_a_check_that_raises_is_a_finding_with_its_place() -> None:
         raise KeyError("nothing")
 
     (found,) = examined("x", check, limit_s=10)
-    assert (found.status, found.found) == ("fail", "'nothing'")
+    assert (found.status, found.found) == ("fail", "KeyError: 'nothing'")
     assert "test_doctor.py:" in found.remedy
 
 
@@ -52,7 +52,7 @@ def test_a_check_that_hangs_is_named_with_its_place_and_not_waited_for(tmp_path:
 
     begun = time.monotonic()
     (found,) = examined("x", check, limit_s=0.2)
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - begun < 20
     assert found.status == "fail"
     assert "no answer in 0.2 s" in found.found
     assert "pipe.read_text()" in found.found

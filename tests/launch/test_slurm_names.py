@@ -112,7 +112,11 @@ def taken(site: Site, names: Sequence[str], *, field: Field) -> list[str]:
     for name in names:
         try:
             text, word = field(site, name)
-        except (ConfigError, OSError, SystemExit):  # control characters, and what YAML, the file system or argparse refuse
+        except (
+            ConfigError,
+            OSError,
+            SystemExit,
+        ):  # control characters, and what YAML, the file system or argparse refuse
             continue
         assert directives(text) == directives(plain), (field, name)
         site.run(text)
