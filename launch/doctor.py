@@ -25,7 +25,7 @@ from cogvideo_dist.config.load import ConfigError, load_config, read_merged
 from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.models.critic import Critic, CriticConfig
 from cogvideo_dist.models.vae import VAE
-from cogvideo_dist.parallel.mesh import Layout, Place
+from cogvideo_dist.parallel.mesh import Layout, Place, stop
 from launch import doctor_device, doctor_files, doctor_host, doctor_kernels, doctor_links, doctor_versions
 from launch.autoencoder import vae_config
 from launch.cost import counted, states_of
@@ -359,6 +359,8 @@ def between(rank: Rank) -> None:
     )  # fmt: skip
     rank.findings += found
     rank.facts["pairs"] = pairs
+    if not board.meet("links: done", within_s=LONG_S) and all(each.status != "fail" for each in found):
+        within(SHORT_S, stop)
 
 
 def layout_found(rank: Rank) -> Layout:

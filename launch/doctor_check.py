@@ -81,8 +81,13 @@ def examined(name: str, check: Check, *, limit_s: float, device: torch.device | 
         return list(within(limit_s, check, device=device))
     except Hung as error:
         return [Finding(name, "fail", str(error), "an answer", "see what hangs there; it is not waited for any longer")]
+    except ValueError as error:  # the user's, in words that say what to do
+        return [Finding(name, "fail", told(error), "no error", "do what it says, and check again")]
     except Exception as error:
-        return [Finding(name, "fail", told(error), "no error", f"it was raised at {raised_at(error)}")]
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        return [
+            Finding(name, "fail", f"{kind}{told(error)}", "no error", f"see what was asked for at {raised_at(error)}")
+        ]
 
 
 def told(error: BaseException) -> str:

@@ -122,7 +122,12 @@ def renamed(folder: Path) -> list[Finding]:
     remedy = "" if status == "pass" else "name a run.dir on a file system with faster metadata"
     return [
         Finding(
-            "files: renaming", status, f"{speed:,.0f} small files/s", f"{RENAMED:.0f}", remedy, {"renamed_per_s": speed}
+            "files: renaming",
+            status,
+            f"{speed:,.0f} small files/s",
+            f"{RENAMED:.0f}",
+            remedy,
+            {"renamed_in_a_second": speed},
         )
     ]
 

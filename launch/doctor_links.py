@@ -213,8 +213,9 @@ def judge(measured: Measured, *, nominal: Nominal, node: int) -> Finding:
     bus = rates["sum_bus_bytes_per_s"]
     where = "within a node" if len(nodes) == 1 else f"over {len(nodes)} nodes"
     said = (
-        f"{len(measured.ranks)} ranks {where}: {1e6 * measured.latency:.3g} us; sum {rate(rates['sum_algorithm_bytes_per_s'])} "
-        f"(bus {rate(bus)}), all-to-all {rate(rates['all_to_all_algorithm_bytes_per_s'])} "
+        f"{len(measured.ranks)} ranks {where}: {microseconds(measured.latency)}; "
+        f"sum {rate(rates['sum_algorithm_bytes_per_s'])} (bus {rate(bus)}), "
+        f"all-to-all {rate(rates['all_to_all_algorithm_bytes_per_s'])} "
         f"(bus {rate(rates['all_to_all_bus_bytes_per_s'])}), neighbour {rate(rates['neighbour_bytes_per_s'])}"
     )
     figures = {
@@ -231,6 +232,10 @@ def judge(measured: Measured, *, nominal: Nominal, node: int) -> Finding:
         remedy = "see nvidia-smi topo -m, ibstat, and which way NCCL takes: NCCL_DEBUG=INFO of this command"
         return Finding(check, "warn", said, f"bus {rate(least)} or more", remedy, figures)
     return Finding(check, "pass", said, f"bus {rate(least)} or more", figures=figures)
+
+
+def microseconds(seconds: float) -> str:
+    return f"{1e6 * seconds:.3g} us" if seconds < 999.5e-6 else f"{1e6 * seconds:,.0f} us"
 
 
 def pairs(seconds: Mapping[str, Mapping[str, float]], *, node: int, hosts: Mapping[int, str]) -> list[Finding]:
