@@ -37,7 +37,7 @@ GEMM, ATTENTION = 700e12, 470e12
 """Rates of an H100-class device in bfloat16; only their ratio matters, by which packs are balanced."""
 
 FREE = {
-    "run.dir", "log", "checkpoint", "validation", "frozen", "data.workers", "data.max_bad_share", "data.memory_gb",
+    "run.dir", "log", "watch", "checkpoint", "validation", "frozen", "data.workers", "data.max_bad_share", "data.memory_gb",
     "data.remote", "train.steps",
     "train.zero_stage", "train.precision", "train.recompute", "train.offload",
     "train.non_finite", "train.non_finite_in_a_row", "train.checksum_every", "model.weights", "parallel",

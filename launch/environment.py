@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -18,8 +21,12 @@ from cogvideo_dist.data.pool import WorkerError
 from cogvideo_dist.data.storage import StorageError
 from cogvideo_dist.engine.ending import Stopped
 from cogvideo_dist.engine.manifest import CheckpointError, SaveError
+from cogvideo_dist.parallel.agreement import check_alike
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, Place, start
+from launch.pulse import pulse_of_process
 from launch.slurm.place import integer, place_of, read_task, refuse_contradiction
+from launch.supervise import PATIENCE_S, rank_of_environment
+from launch.supervise_verdict import GONE
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 NAMES = (*RANKS, "MASTER_ADDR", "MASTER_PORT")
@@ -31,9 +38,6 @@ other error of the user's input."""
 
 LOST = re.compile(r"(closed|reset) by peer|Broken pipe|[Tt]imed out waiting|NCCL|connection refused", re.IGNORECASE)
 """What a collective says when a rank that it waits for is gone."""
-
-PATIENCE_S = 3.0
-"""How long other ranks hold back an error that the first rank will most likely report as well."""
 
 
 def read_place() -> Place:
@@ -135,15 +139,21 @@ def device_of(place: Place) -> torch.device:
     return torch.device("cuda", place.local_rank)
 
 
-def join(place: Place, layout: Layout | None = None) -> tuple[ParallelMesh, torch.device]:
-    """Take this process's device, join the process group and build the mesh; without a layout all ranks are data parallel."""
+def join(
+    place: Place, layout: Layout | None = None, *, facts: Mapping[str, str] | None = None
+) -> tuple[ParallelMesh, torch.device]:
+    """Take this process's device, join the process group and build the mesh; without a layout all ranks are data parallel.
+
+    Raises ``ConfigError`` where ranks differ in ``facts``.
+    """
     os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed insists on it, also in a single process
     device = device_of(place)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.node))
-    return start(place, device=device, layout=layout), device
+    check = None if facts is None else partial(check_alike, facts)
+    return start(place, device=device, layout=layout, check=check), device
 
 
 def config_parser(description: str, example: str) -> argparse.ArgumentParser:
@@ -187,6 +197,19 @@ def job_end() -> float | None:
     return float(integer("SLURM_JOB_END_TIME")) if "SLURM_JOB_END_TIME" in os.environ else None
 
 
+def meeting_of(place: Place) -> str:
+    """A name of this start of the job, which all its ranks have alike and no other start has."""
+    names = (
+        "SLURM_JOB_ID",
+        "SLURM_STEP_ID",
+        "SLURM_RESTART_COUNT",
+        "TORCHELASTIC_RUN_ID",
+        "TORCHELASTIC_RESTART_COUNT",
+    )
+    said = [place.address, str(place.world), *(os.environ.get(name, "") for name in names)]
+    return hashlib.sha256("\0".join(said).encode()).hexdigest()[:16]
+
+
 def restarts() -> int:
     """How often the scheduler or launcher has started this job again."""
     return sum(integer(name) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT") if name in os.environ)
@@ -204,22 +227,39 @@ def split_config(items: Sequence[str]) -> ConfigItems:
 
 
 def run_command(name: str, main: Callable[[], None]) -> None:
-    """Run a command to its exit code; errors of the input end with one line, from one rank."""
-    rank = next((int(text) for name in ("RANK", "SLURM_PROCID") if (text := os.environ.get(name, "")).isdecimal()), 0)
+    """Run a command to its exit code; errors of the input end with one line, from one rank.
+
+    A supervised rank leaves it to its supervisor to say that line.
+    """
+    pulse = pulse_of_process()
     try:
         main()
-    except KeyboardInterrupt as error:
-        _leave(
-            name, rank, "interrupted; start the same command again to go on from the last checkpoint", code_of(error)
-        )
-    except Stopped as error:
-        _leave(name, rank, str(error), code_of(error))
-    except (ValueError, OSError, FloatingPointError, WorkerError) as error:
-        _leave(name, rank, f"error: {error}", code_of(error))
-    except RuntimeError as error:
-        if code_of(error) != TRANSIENT:
+    except SystemExit as error:  # argparse has said why
+        pulse.ended(error.code if isinstance(error.code, int) else bool(error.code), "")
+        raise
+    except BaseException as error:
+        text, code = ending_of(error), code_of(error)
+        if pulse.heard:
+            trace = "".join(traceback.format_exception(error))
+            pulse.ended(code, text or f"error: {type(error).__name__}: {error}", trace=trace, bug=not text)
+            sys.exit(code)
+        if not text:
             raise
-        _leave(name, rank, f"error: another rank is gone: {error}; the last checkpoint stands", TRANSIENT)
+        _leave(name, text, code)
+    pulse.ended(0, "")
+
+
+def ending_of(error: BaseException) -> str:
+    """What is to be said of a command that ends with ``error``; empty if that is a fault of ours, which needs its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; start the same command again to go on from the last checkpoint"
+    if isinstance(error, Stopped):
+        return str(error)
+    if isinstance(error, (ValueError, OSError, FloatingPointError, WorkerError)):
+        return f"error: {error}"
+    if isinstance(error, RuntimeError) and code_of(error) == TRANSIENT:
+        return f"error: {GONE}: {error}; the last checkpoint stands"
+    return ""
 
 
 def code_of(error: BaseException) -> int:
@@ -238,7 +278,8 @@ CODES: tuple[tuple[type[BaseException], int], ...] = (
 )  # fmt: skip
 
 
-def _leave(name: str, rank: int, text: str, code: int) -> None:
+def _leave(name: str, text: str, code: int) -> None:
+    rank = rank_of_environment()
     if rank:
         time.sleep(PATIENCE_S)  # the launcher ends this rank meanwhile if the first one failed too
         text = f"rank {rank}: {text}"

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from launch.supervise import supervise
+
+    supervise()  # what follows takes seconds to import, and is for the rank alone
+
 from dataclasses import asdict, replace
 
 import torch
@@ -12,10 +17,12 @@ from cogvideo_dist.data.loader import check_ranks
 from cogvideo_dist.pack.attention import backend_for
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, Place, choose_layout, stop
 from cogvideo_dist.tasks.video import Adapting, Sharding, VideoTask
+from launch.alike import alike
 from launch.beginning import begin
 from launch.compose import RankData, TransformerGeometry, load_frozen
-from launch.environment import device_of, join, read_place, run_command, split_config, training_parser
-from launch.training import Start, run_training, start_of
+from launch.environment import device_of, join, run_command, split_config, training_parser
+from launch.pulse import pulse_of_process
+from launch.training import Start, run_training, start_of, watched_place
 
 
 def main() -> None:
@@ -26,9 +33,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     config = load_config(DiTRun, **split_config(options.config))
-    place = read_place()
-    layout = layout_of(config, place)
-    mesh, device = join(place, layout)
+    place = watched_place(config, replays=options.replay is not None)
+    mesh, device = join(place, layout_of(config, place), facts=alike(config))
+    pulse_of_process().mark("build")
     train(config, mesh, device=device, start=start_of(options))
     stop()
 

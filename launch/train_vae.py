@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from launch.supervise import supervise
+
+    supervise()  # what follows takes seconds to import, and is for the rank alone
+
 import torch
 
 from cogvideo_dist.config.autoencoder import VAERun
@@ -10,10 +15,12 @@ from cogvideo_dist.data.loader import check_ranks
 from cogvideo_dist.models.perceptual import RANDOM
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, divisors, stop
 from cogvideo_dist.tasks.vae import VAETask
+from launch.alike import alike
 from launch.autoencoder import build_judges, build_vae
 from launch.compose import LatentGeometry, RankData
-from launch.environment import join, read_place, run_command, split_config, training_parser
-from launch.training import Start, run_training, start_of
+from launch.environment import join, run_command, split_config, training_parser
+from launch.pulse import pulse_of_process
+from launch.training import Start, run_training, start_of, watched_place
 
 
 def main() -> None:
@@ -23,8 +30,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     config = load_config(VAERun, **split_config(options.config))
-    place = read_place()
-    mesh, device = join(place, layout_of(config, place.world))
+    place = watched_place(config, replays=options.replay is not None)
+    mesh, device = join(place, layout_of(config, place.world), facts=alike(config))
+    pulse_of_process().mark("build")
     train(config, mesh, device=device, start=start_of(options))
     stop()
 

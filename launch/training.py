@@ -17,13 +17,16 @@ from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.engine.lease import Lease
 from cogvideo_dist.engine.lineage import FILE, Lineage
 from cogvideo_dist.engine.manifest import CheckpointError
+from cogvideo_dist.engine.outside import Outside
 from cogvideo_dist.engine.trainer import DataLimits, Origin, Trainer
 from cogvideo_dist.evaluation.media import replacing
-from cogvideo_dist.parallel.mesh import ParallelMesh
+from cogvideo_dist.parallel.agreement import check_alike
+from cogvideo_dist.parallel.mesh import ParallelMesh, Place
 from cogvideo_dist.parallel.ops import broadcast_object
 from cogvideo_dist.protocols import Task
 from launch.compose import RankData, data_facts, note_data, prepare_folder
-from launch.environment import code_of, job_end, job_name
+from launch.environment import code_of, job_end, job_name, meeting_of, read_place
+from launch.pulse import pulse_of_process
 from launch.replay import replay
 from launch.stopping import Stopping
 
@@ -49,6 +52,15 @@ def start_of(options: argparse.Namespace) -> Start:
     return Start(options.new_data, options.checkpoint, options.replay, job_name(), stopping)
 
 
+def watched_place(config: DiTRun | VAERun, *, replays: bool = False) -> Place:
+    """This process's rank; from here on its supervisor is in touch with those of the others. One that ``replays`` leaves the
+    run's folder alone: what is to be noted of it is noted beside."""
+    place, folder = read_place(), Path(config.run.dir)
+    folder = folder.with_name(f"{folder.name}.replay") if replays else folder
+    pulse_of_process().join(place, folder, limits=config.watch, meeting=meeting_of(place))
+    return place
+
+
 def run_training(config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: ParallelMesh, start: Start) -> None:
     """From the run's folder to its last step; or a look at one of its steps."""
     try:
@@ -65,6 +77,8 @@ def run_training(config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: P
 
 
 def _run(config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: ParallelMesh, start: Start) -> None:
+    data_found = data_facts(config.data, data.plan.catalog)
+    check_alike({f"the content of {each['shards']}": each["digest"][:16] for each in data_found}, mesh.world)
     prepare_folder(config, mesh, plan=data.plan, new_data=start.new_data)
     if mesh.is_first and start.lineage.ancestors:
         with replacing(Path(config.run.dir) / FILE) as temporary:
@@ -76,11 +90,12 @@ def _run(config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: ParallelM
     facts = {
         "configuration": json.loads(json.dumps(plain(config))),
         "configuration_sha256": digest(config),
-        "data": data_facts(config.data, data.plan.catalog),
+        "data": data_found,
     }
     origin = Origin(start.lineage, start.checkpoint, facts)
+    outside = Outside(start.stopping.reason, pulse_of_process().mark)
     Trainer(
-        config, task, batches=data, mesh=mesh, data_limits=limits, origin=origin, stop=start.stopping.reason
+        config, task, batches=data, mesh=mesh, data_limits=limits, origin=origin, outside=outside
     ).run()  # fmt: skip
     if mesh.is_first:
         note_data(config, data.plan, drawn=data.plan.seen(config.train.steps))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cogvideo_dist.config.schema import Checkpoint, Data, Log, Run, Train, Validation, positive, share
+from cogvideo_dist.config.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class VAERun:
     parallel: TimeParallel = field(default_factory=TimeParallel)
     loss: VAELoss = field(default_factory=VAELoss)
     log: Log = field(default_factory=Log)
+    watch: Watch = field(default_factory=Watch)
     validation: Validation = field(default_factory=Validation)
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cogvideo_dist.config.adaptation import Init, LoRA
+from cogvideo_dist.config.watch import Watch
 from cogvideo_dist.models.presets import PRESETS, DiTConfig, RopeGrid
 
 Size = tuple[int, int, int]
@@ -450,6 +451,7 @@ class DiTRun:
     frozen: Frozen = field(default_factory=Frozen)
     diffusion: Diffusion = field(default_factory=Diffusion)
     log: Log = field(default_factory=Log)
+    watch: Watch = field(default_factory=Watch)
     validation: Validation = field(default_factory=Validation)
 
     def __post_init__(self) -> None:

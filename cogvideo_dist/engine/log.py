@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import resource
 import socket
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from cogvideo_dist.evaluation.media import gif_bytes, replacing, write_contact_s
 from cogvideo_dist.parallel.mesh import Axis
 from cogvideo_dist.parallel.ops import reduce_sum
 from cogvideo_dist.protocols import Defect, Picture
+
+TROUBLE_S, RETRY_S = 600.0, 60.0
+"""Between two words about logs that cannot be written, and before event files are tried again."""
 
 
 class Meter:
@@ -65,16 +69,23 @@ class RunLog:
         if not speaks:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        self.bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stderr, dynamic_ncols=True)
+        self.troubled = -math.inf
         logged = _drop_after(folder / "log.jsonl", first_step)
-        self._note_start(first_step, lost=max(0, logged - first_step))
         self.report = folder / "data_report.jsonl"
         self.listed = set(self.report.read_text(encoding="utf-8").splitlines()) if self.report.exists() else set()
-        self._open(first_step)
-        self.bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stderr, dynamic_ncols=True)
+        self.lines = Lines(folder / "log.jsonl", self._trouble)
+        self.reported = Lines(self.report, self._trouble)
+        self.board = Board(folder / "tensorboard", first_step=first_step, trouble=self._trouble)
+        self._note_start(first_step, lost=max(0, logged - first_step))
 
-    def _open(self, first_step: int) -> None:
-        self.lines = (self.folder / "log.jsonl").open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
+    def _trouble(self, error: OSError) -> None:
+        """A disk that takes no logs does not end a run; it is said now and then."""
+        if time.monotonic() - self.troubled > TROUBLE_S:
+            self.troubled = time.monotonic()
+            self.say(
+                f"warning: logs cannot be written ({error}); the run goes on, and lines are kept until they can be"
+            )
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after ``step``, from which the run goes on once more."""
@@ -84,24 +95,25 @@ class RunLog:
         self.board.close()
         logged = _drop_after(self.folder / "log.jsonl", step)
         self._note_start(step, lost=max(0, logged - step))
-        self._open(step)
+        self.lines = Lines(self.folder / "log.jsonl", self._trouble)
+        self.board = Board(self.folder / "tensorboard", first_step=step, trouble=self._trouble)
         self.progress(step)
 
     def _note_start(self, first_step: int, *, lost: int) -> None:
         """A line of ``starts.jsonl``, which no start drops; ``lost``: steps that an earlier one logged and this one makes
         again."""
         entry = {"step": first_step, "time": time.time(), "host": socket.gethostname(), "lost": lost}
-        with (self.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        starts = Lines(self.folder / "starts.jsonl", self._trouble)
+        starts.add(json.dumps(entry))
+        starts.close()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """``values`` after ``step`` updates."""
         if not self.speaks:
             return
         for name, value in values.items():
-            self.board.add_scalar(name, value, step)
-        self.lines.write(json.dumps({"step": step, **values}) + "\n")
-        self.lines.flush()
+            self.board.scalar(name, value, step=step)
+        self.lines.add(json.dumps({"step": step, **values}))
 
     def progress(self, step: int, **shown: str) -> None:
         if self.speaks:
@@ -116,11 +128,17 @@ class RunLog:
         """mp4s, their captions and one contact sheet on disk, moving pictures in TensorBoard."""
         if not self.speaks or not pictures:
             return
+        try:
+            self._write_pictures(step, pictures)
+        except OSError as error:
+            self._trouble(error)
+
+    def _write_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
         folder = self.folder / "samples" / f"step-{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         for picture in pictures:
             write_mp4(folder / f"{picture.name}.mp4", picture.frames, picture.fps)
-            self.board._get_file_writer().add_summary(_moving(f"samples/{picture.name}", picture), step)
+            self.board.summary(_moving(f"samples/{picture.name}", picture), step=step)
         with replacing(folder / "captions.json") as temporary:
             captions = {picture.name: picture.caption for picture in pictures}
             temporary.write_text(json.dumps(captions, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -155,14 +173,74 @@ class RunLog:
 
     def _list(self, line: str) -> None:
         self.listed.add(line)
-        with self.report.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self.reported.add(line)
 
     def close(self) -> None:
         if self.speaks:
             self.bar.close()
             self.lines.close()
+            self.reported.close()
             self.board.close()
+
+
+class Lines:
+    """Lines at the end of a file. Those that cannot be written wait for the next ones; ``trouble`` is told."""
+
+    def __init__(self, path: Path, trouble: Callable[[OSError], None]) -> None:
+        self.path, self.trouble, self.waiting = path, trouble, b""
+        self.file: io.FileIO | None = None
+
+    def add(self, line: str) -> None:
+        self.waiting += line.encode() + b"\n"
+        self._write()
+
+    def close(self) -> None:
+        self._write()
+        if self.file:
+            self.file.close()
+
+    def _write(self) -> None:
+        try:
+            self.file = self.file or io.FileIO(self.path, "a")
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
+            self.trouble(error)
+
+
+class Board:
+    """TensorBoard's event files. One that cannot be written is given up, and a new one begun some time later."""
+
+    def __init__(self, folder: Path, *, first_step: int, trouble: Callable[[OSError], None]) -> None:
+        self.folder, self.trouble, self.since = folder, trouble, -math.inf
+        self.writer: SummaryWriter | None = None
+        self.first_step: int | None = first_step
+        self._try(self._open)
+
+    def scalar(self, name: str, value: float, *, step: int) -> None:
+        self._try(lambda: self._open().add_scalar(name, value, step))
+
+    def summary(self, summary: Summary, *, step: int) -> None:
+        self._try(lambda: self._open()._get_file_writer().add_summary(summary, step))
+
+    def close(self) -> None:
+        if self.writer:
+            self._try(self.writer.close)
+
+    def _open(self) -> SummaryWriter:
+        if self.writer is None:
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.first_step)
+            self.first_step = None  # a later file hides nothing
+        return self.writer
+
+    def _try(self, write: Callable[[], object]) -> None:
+        if time.monotonic() - self.since < RETRY_S:
+            return
+        try:
+            write()
+        except OSError as error:
+            self.writer, self.since = None, time.monotonic()
+            self.trouble(error)
 
 
 def report_line(defect: Defect) -> str:

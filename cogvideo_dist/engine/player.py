@@ -11,6 +11,7 @@ from cogvideo_dist.config.schema import Train
 from cogvideo_dist.engine.checkpoint import Stored, check_shapes
 from cogvideo_dist.engine.manifest import OtherRun, Saved
 from cogvideo_dist.engine.optim import learning_rate, state_keys
+from cogvideo_dist.engine.outside import Mark, unwatched
 from cogvideo_dist.engine.pieces import Cut, Piece
 from cogvideo_dist.engine.zero import Engine
 from cogvideo_dist.parallel.mesh import ParallelMesh
@@ -32,10 +33,12 @@ class Player:
         """Its learning rate in the run's step ``step``."""
         return learning_rate(self.learner.train, step - self.learner.start)
 
-    def learn(self, batch: Batch) -> Loss:
+    def learn(self, batch: Batch, mark: Mark = unwatched) -> Loss:
         """Forward and backward of a micro-step, which ``end_micro_step`` or the step's update ends."""
+        mark("forward", batch.plan.step + 1)
         with self.engine.keeping():
             loss = self.learner.loss(self.engine.forward, batch)
+        mark("backward", batch.plan.step + 1)
         self.engine.backward(loss.total)
         return loss
 

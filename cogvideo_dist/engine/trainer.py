@@ -20,6 +20,7 @@ from cogvideo_dist.engine.lineage import Lineage
 from cogvideo_dist.engine.log import Meter, RunLog, means, peak_memory
 from cogvideo_dist.engine.manifest import Saved, check_about
 from cogvideo_dist.engine.numbers import Numbers, update
+from cogvideo_dist.engine.outside import Outside
 from cogvideo_dist.engine.player import Player, players_of
 from cogvideo_dist.engine.probing import examine
 from cogvideo_dist.engine.restoring import restore_newest
@@ -67,24 +68,26 @@ class Trainer:
 
     def __init__(
         self, settings: Settings, task: Task, *, batches: Batches, mesh: ParallelMesh, data_limits: DataLimits,
-        origin: Origin | None = None, stop: Stop | None = None,
+        origin: Origin | None = None, outside: Outside | None = None,
     ) -> None:  # fmt: skip
         self.settings, self.task, self.batches, self.mesh = settings, task, batches, mesh
         self.origin, self.samples = origin or Origin(), 0
-        self.limits = data_limits
+        self.limits, self.outside = data_limits, outside or Outside()
+        self.mark = self.outside.mark
         self.folder = Path(settings.run.dir)
         self.players = players_of(task, settings.train, mesh=mesh, micro_steps=data_limits.micro_steps)
         self.engine = self.players[0].engine
         self.meter = Meter()
         self.spikes, self.fed = Spikes(settings.log.spikes), list[tuple[int, str]]()  # steps and samples of a report
         self.unreported: Mapping[str, Sequence[float]] = {}  # by an earlier start, which was stopped
+        self.mark("load")
         self.numbers = Numbers(self.folder, settings.train, mesh=mesh)
         self.first_step, problems = self._restore(self.origin.checkpoint)
         self.log = RunLog(self.folder, first_step=self.first_step, steps=settings.train.steps, speaks=mesh.is_first)
         for problem in problems:
             self.log.say(f"warning: going on from step {self.first_step}: {problem}")
         self.saver = Saver(self.folder / "ckpt", settings.checkpoint, mesh=mesh, say=self.log.say)
-        self.stop, self.ballot = stop or _never, Ballot(mesh.world, self.engine.device)
+        self.ballot = Ballot(mesh.world, self.engine.device)
         self.longest_s = 0.0  # of all steps
         self.held_out: dict[str, float] = {}
         self.judged = -1  # after which step
@@ -101,12 +104,14 @@ class Trainer:
         ended = False
         try:
             self._run()
+            self.mark("save")
             self.saver.end()
             ended = True
         except FloatingPointError:  # on all ranks, since it is found in sums over them
             self.saver.finish()
             raise
         finally:
+            self.mark("end")
             self.saver.close(wait=ended)
             self.log.close()
 
@@ -145,6 +150,8 @@ class Trainer:
                 self.validate(done)
             if last or _due(done, self.settings.validation.samples_every):
                 self.show(done)
+            if saving:
+                self.mark("save", done)
             if last or stopping:
                 self.saver.finish()  # the last one is not skipped because another is being written
             if saving:
@@ -161,6 +168,7 @@ class Trainer:
     def _go_back(self, why: str) -> int:
         """Become what the newest checkpoint has, and go on from there."""
         self.meter.sums, self.defects, self.noticed, self.fed = {}, [], [], []
+        self.mark("load")
         first, problems = self._restore(None)
         self.log.rewind(first)
         for text in (why, *problems):
@@ -168,7 +176,7 @@ class Trainer:
         return first
 
     def _stop_reason(self) -> str:
-        return self.stop(pace_s=self.longest_s + self.saver.took_s)
+        return self.outside.stop(pace_s=self.longest_s + self.saver.took_s)
 
     def _restore(self, wanted: str | None) -> tuple[int, list[str]]:
         """Take up the state of the checkpoint that the run goes on from; its step, and what was wrong with newer ones."""
@@ -197,6 +205,7 @@ class Trainer:
         packs: list[Batch] = []
         learned: list[Figure] = []
         for micro in range(self.limits.micro_steps):
+            self.mark("data", step + 1)
             waited = time.monotonic()
             batch = next(batches)
             self.meter.add("time/loader_wait", time.monotonic() - waited)
@@ -224,7 +233,7 @@ class Trainer:
         # Losses are shares of every rank: their sum over ranks and micro-steps is that of a step.
         share = 1 / (self.mesh.world.size * self.limits.micro_steps)
         for player in players:
-            loss = player.learn(batch)
+            loss = player.learn(batch, self.mark)
             found.append((f"{player.learner.tag}loss", loss.total.detach(), share))
             found += [(name, value, weight) for name, (value, weight) in loss.metrics.items()]
         for player in players:
@@ -235,12 +244,13 @@ class Trainer:
     def _update(self, step: int, packs: Sequence[Batch]) -> None:
         """Of all models or, where anything of any of them is not finite on any rank, of none."""
         players = self._learning(step)
+        self.mark("update", step + 1)
         if update(players, step, world=self.mesh.world):
             return
         sound = all(player.engine.loss_is_finite for player in players)
         for player in players:
             player.engine.discard()
-        accounts = examine(players, packs, mesh=self.mesh, describe=self.task.describe)
+        accounts = examine(players, packs, mesh=self.mesh, describe=self.task.describe, mark=self.mark)
         for account, finite in zip(accounts, gather_objects(sound, self.mesh.world)):
             account["loss_was_finite"] = finite
         self.numbers.wrong(step + 1, accounts, can_go_back=self._can_go_back())
@@ -376,7 +386,9 @@ class Trainer:
         """Held-out losses, over all ranks' shares of the held-out clips."""
         meter = Meter()
         self.engine.model.eval()
+        self.mark("judge", done)
         for batch, weight in self.batches.held_out():
+            self.mark("judge", done)
             self.noticed += batch.defects
             for name, (value, count) in self.task.held_out_loss(self.engine.forward, batch).items():
                 meter.add(name, value * weight, weight=count * weight)
@@ -396,6 +408,7 @@ class Trainer:
         """Pictures from the averaged weights."""
         if not self.settings.validation.samples_every:
             return
+        self.mark("judge", done)
         self.engine.model.eval()
         with self.engine.averaged():
             self.log.pictures(done, self.task.pictures(self.engine.forward))
@@ -436,16 +449,6 @@ class Trainer:
 
     def _about(self) -> dict[str, Any]:
         return {"seed": self.settings.run.seed, **self.task.fingerprint()}
-
-
-class Stop(Protocol):
-    """Why this rank is to stop, empty if it is not; ``pace_s``: seconds that a step and a save take."""
-
-    def __call__(self, *, pace_s: float) -> str: ...
-
-
-def _never(*, pace_s: float) -> str:
-    return ""
 
 
 @dataclass(frozen=True)

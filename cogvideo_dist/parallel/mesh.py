@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -182,11 +183,12 @@ class Place:
 
 
 def start(
-    place: Place, *, device: torch.device, layout: Layout | None = None, timeout_s: float = 1800.0
-) -> ParallelMesh:
+    place: Place, *, device: torch.device, layout: Layout | None = None, timeout_s: float = 1800.0,
+    check: Callable[[Axis], None] | None = None,
+) -> ParallelMesh:  # fmt: skip
     """Join the process group and build the mesh; without a layout all ranks are data parallel.
 
-    A single process makes a group of its own, without a port.
+    A single process makes a group of its own, without a port. ``check`` is called with everyone before ranks divide.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if place.world == 1:
@@ -199,6 +201,8 @@ def start(
             world_size=place.world,
             timeout=timedelta(seconds=timeout_s),
         )
+    if check is not None:
+        check(Axis("world", place.rank, place.world, tuple(range(place.world)), dist.group.WORLD))
     return build_mesh(layout or Layout(dp=place.world), rank=place.rank)
 
 
@@ -211,7 +215,7 @@ def build_mesh(layout: Layout, *, rank: int) -> ParallelMesh:
             ranks = layout.ranks(name, each)
             # DeepSpeed takes no group for "everyone", so that of replica exists at size 1 too.
             if (len(ranks) > 1 or name == "replica") and ranks not in groups:
-                groups[ranks] = dist.new_group(list(ranks))
+                groups[ranks] = dist.new_group(list(ranks), group_desc=name)
         mine = layout.ranks(name, rank)
         axes[name] = Axis(name, mine.index(rank), len(mine), mine, groups.get(mine), ledger)
     return ParallelMesh(**axes, ledger=ledger)

@@ -88,7 +88,10 @@ def alone(folder: str) -> Seen:
     return seen(Wanted(folder), range(3))
 
 
-@pytest.mark.parametrize(("dp", "workers"), [(2, 0), (3, 1), (4, 0), (8, 0), (1, 4), (2, 4)])
+@pytest.mark.parametrize(
+    ("dp", "workers"),
+    [(3, 1), (8, 0), (2, 4), *(pytest.param(*case, marks=pytest.mark.long) for case in ((2, 0), (4, 0), (1, 4)))],
+)
 def test_ranks_and_workers_change_nothing(folder: str, alone: Seen, dp: int, workers: int) -> None:
     assert seen(Wanted(folder, dp, workers), range(3)) == alone
 

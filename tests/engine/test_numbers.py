@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cogvideo_dist.engine.ending import Stopped
 from cogvideo_dist.engine.manifest import read_manifest
 from cogvideo_dist.engine.numbers import INCIDENTS, LEFT_OUT, OVERFLOWS
+from cogvideo_dist.engine.outside import Outside
 from cogvideo_dist.engine.trainer import DataLimits
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.protocols import Batch, Loss
@@ -105,7 +106,9 @@ def trained(mesh: ParallelMesh, case: Case, folder: Path, poison: Poison | None,
         return "told to" if stop_after and asked[0] >= stop_after else ""
 
     try:
-        Counting(case.settings(folder), task, batches=Dealt(mesh), mesh=mesh, data_limits=limits, stop=stop).run()
+        Counting(
+            case.settings(folder), task, batches=Dealt(mesh), mesh=mesh, data_limits=limits, outside=Outside(stop)
+        ).run()
     except FloatingPointError as error:
         return str(error)
     except Stopped:

@@ -105,7 +105,7 @@ def replay(saving: Saving, root: Path, *, journal: list[Entry] | None = None, mo
     return len(seen), bad
 
 
-@pytest.mark.parametrize("which", ["first", "next", "again"])
+@pytest.mark.parametrize("which", ["first", "next", pytest.param("again", marks=pytest.mark.long)])
 def test_old_or_new_whatever_is_lost(tmp_path: Path, savings: dict[str, Saving], which: str) -> None:
     states, bad = replay(savings[which], tmp_path, most=24)
     print(f"{which}: {len(savings[which].journal)} operations, {states} states, {len(bad)} bad")

@@ -19,6 +19,7 @@ from cogvideo_dist.engine.checkpoint import newest
 from cogvideo_dist.engine.ending import Stopped
 from cogvideo_dist.engine.log import Meter, RunLog, means
 from cogvideo_dist.engine.optim import learning_rate
+from cogvideo_dist.engine.outside import Outside
 from cogvideo_dist.engine.trainer import DataLimits, Trainer
 from cogvideo_dist.pack.layout import Clip, PackLayout
 from cogvideo_dist.parallel.mesh import Axis, ParallelMesh
@@ -174,7 +175,7 @@ def stopped(mesh: ParallelMesh, config: Settings, after: int) -> str:
         return "SIGUSR1" if mesh.world.rank == mesh.world.size - 1 and next(asked) >= after else ""
 
     try:
-        Trainer(config, Slope(), batches=ToBe(mesh), mesh=mesh, data_limits=limits, stop=stop).run()
+        Trainer(config, Slope(), batches=ToBe(mesh), mesh=mesh, data_limits=limits, outside=Outside(stop)).run()
     except Stopped as error:
         return str(error)
     return "to its end"

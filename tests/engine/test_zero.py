@@ -114,7 +114,9 @@ def test_recomputation_under_stage_3_changes_nothing(single: Result, recompute: 
     assert worst(found, single) <= 1e-5
 
 
-@pytest.mark.parametrize(("precision", "stage"), [("bf16", 1), ("bf16", 2), ("bf16", 3)])
+@pytest.mark.parametrize(
+    ("precision", "stage"), [("bf16", 2), *(pytest.param("bf16", stage, marks=pytest.mark.long) for stage in (1, 3))]
+)
 def test_half_precision_trains_and_resumes_bitwise(single: Result, precision: str, stage: int) -> None:
     train = train_config(stage, precision=precision)
     found = run_ranks(job, 2, train, None)[0]

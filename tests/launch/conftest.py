@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.commands import FREQUENT, finish, start
-from tests.launch.world import World, make_world
+from tests.launch.commands import FREQUENT
+from tests.launch.world import World, make_world, train
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="session")
@@ -15,8 +16,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="session")
 def whole(world: World) -> Path:
-    """The run by ``python launch/train_dit.py``, undisturbed."""
+    """The run on one rank, undisturbed."""
     run = world.root / "whole"
-    code, _, stderr = finish(start("python", [str(world.file), *world.overrides(run, *FREQUENT)]))
-    assert code == 0, stderr
+    run_ranks(train, 1, world.file, world.overrides(run, *FREQUENT))
     return run

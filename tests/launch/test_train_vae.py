@@ -102,8 +102,8 @@ def smooth(world: World, file: Path) -> Path:
 def test_clips_split_in_time_compute_the_run(file: Path, smooth: Path, tmp_path: Path, ranks: int) -> None:
     """cp = 2, with images, which do not split; alone and with two data-parallel ranks; losses, judgements and pictures."""
     run_ranks(train, ranks, [file], [f"run.dir={tmp_path}", SMOOTH, "parallel.cp=2"])
-    # L1's gradient is a sign, which rounding flips where an error is next to nothing: its norm is less exact than the loss.
-    for names, bound in ((("loss", "loss/reconstruction", "loss/kl"), 3e-5), (("gradient_norm",), 5e-4)):
+    # L1's gradient is a sign, which rounding flips where an error is next to nothing; from there on weights differ.
+    for names, bound in ((("loss", "loss/reconstruction", "loss/kl"), 2e-4), (("gradient_norm",), 5e-4)):
         for found, expected in zip(steps_of(tmp_path, *names), steps_of(smooth, *names), strict=True):
             assert found == pytest.approx(expected, rel=bound)
     psnr = [

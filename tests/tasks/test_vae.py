@@ -212,7 +212,7 @@ def gradients(mesh: ParallelMesh, world: World, cp: int, step: int) -> dict[str,
     }
 
 
-@pytest.mark.parametrize("step", [2, 3])  # with the penalty and without
+@pytest.mark.parametrize("step", [2, pytest.param(3, marks=pytest.mark.long)])  # with the penalty and without
 def test_clips_split_in_time_and_images_dealt_to_ranks_have_every_gradient(world: World, step: int) -> None:
     expected = run_ranks(gradients, 1, world, 1, step)[0]
     for found in run_ranks(gradients, 2, world, 2, step):
