@@ -26,10 +26,12 @@ from cogvideo_dist.engine.probing import examine
 from cogvideo_dist.engine.restoring import restore_newest
 from cogvideo_dist.engine.saving import Saver
 from cogvideo_dist.engine.spikes import NAMED, Spikes, shown
+from cogvideo_dist.engine.stragglers import Laps, Stragglers
 from cogvideo_dist.engine.zero import DEEPSPEED
 from cogvideo_dist.parallel.ballot import Ballot
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.parallel.ops import broadcast_object, gather_objects
+from cogvideo_dist.parallel.waiting import counting
 from cogvideo_dist.protocols import Batch, Defect, Task
 
 
@@ -73,10 +75,10 @@ class Trainer:
         self.settings, self.task, self.batches, self.mesh = settings, task, batches, mesh
         self.origin, self.samples = origin or Origin(), 0
         self.limits, self.outside = data_limits, outside or Outside()
-        self.mark = self.outside.mark
         self.folder = Path(settings.run.dir)
         self.players = players_of(task, settings.train, mesh=mesh, micro_steps=data_limits.micro_steps)
         self.engine = self.players[0].engine
+        self.laps, self.stragglers = Laps(self.engine.device), Stragglers(mesh.world)
         self.meter = Meter()
         self.spikes, self.fed = Spikes(settings.log.spikes), list[tuple[int, str]]()  # steps and samples of a report
         self.unreported: Mapping[str, Sequence[float]] = {}  # by an earlier start, which was stopped
@@ -103,7 +105,8 @@ class Trainer:
         """
         ended = False
         try:
-            self._run()
+            with counting(self.laps.waits):
+                self._run()
             self.mark("save")
             self.saver.end()
             ended = True
@@ -114,6 +117,11 @@ class Trainer:
             self.mark("end")
             self.saver.close(wait=ended)
             self.log.close()
+
+    def mark(self, phase: str, step: int = 0) -> None:
+        """What this rank is at from now on."""
+        self.laps.mark(phase)
+        self.outside.mark(phase, step)
 
     def _run(self) -> None:
         if self.first_step == 0:
@@ -218,6 +226,7 @@ class Trainer:
         if step + 1 not in self.numbers.left_out:
             for name, value, weight in learned:
                 self.meter.add(name, value, weight=weight)
+        self.laps.mark("between steps")
         self.numbers.taken(step + 1)
         self.numbers.check_alike(self.players, step + 1)
         self.meter.add("steps", 1.0)
@@ -298,6 +307,7 @@ class Trainer:
             "data/replaced_samples": replaced,
             "data/partial_samples": partial,
             "memory/peak_gib": max(gather_objects(peak_memory(device), self.mesh.world)) / 2**30,
+            **self._waited_for(done),
             **self._traffic(steps - self._carried("steps") / self.mesh.world.size),
             **averages,
         }
@@ -311,6 +321,14 @@ class Trainer:
         )
         self._tell_spikes(done, values)
         self._check_data(int(samples[0]), replaced)
+
+    def _waited_for(self, done: int) -> dict[str, float]:
+        """How far ranks are apart, and a warning and an incident for each that has become slow."""
+        figures, slow = self.stragglers.judge(self.laps.take())
+        for straggler in slow:
+            self.log.say(f"warning: step {done}: {straggler}")
+            self.numbers.note(done, {"kind": "straggler", **straggler._asdict(), "action": "none"})
+        return figures
 
     def _tell_spikes(self, done: int, values: Mapping[str, float]) -> None:
         """A warning and an incident for each loss or gradient norm that leaps, with the samples that it may be from."""
