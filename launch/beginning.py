@@ -17,7 +17,7 @@ from cogvideo_dist.config.load import ConfigError, load_config
 from cogvideo_dist.config.schema import DiTRun, Init
 from cogvideo_dist.convert import diffusers as hf
 from cogvideo_dist.data.index import file_checksum
-from cogvideo_dist.engine.checkpoint import Stored, checkpoints, newest
+from cogvideo_dist.engine.checkpoint import Stored, checkpoints, newest, step_of
 from cogvideo_dist.engine.lineage import Ancestor, Lineage, read_lineage
 from cogvideo_dist.engine.manifest import NAME, CheckpointError
 from cogvideo_dist.models.dit import DiT
@@ -46,11 +46,11 @@ class Beginning:
     base: str | None = None
 
 
-def begin(config: DiTRun, mesh: ParallelMesh) -> Beginning:
+def begin(config: DiTRun, mesh: ParallelMesh, *, before: int | None = None) -> Beginning:
     """This rank's slice of the run's transformer. A run that has checkpoints of all its weights gets those later on, so it is
-    not filled here, and does not need what it once began from."""
+    not filled here, and does not need what it once began from. ``before``: only those of earlier steps count."""
     folder = Path(config.run.dir)
-    resumed = bool(checkpoints(folder / "ckpt"))
+    resumed = any(before is None or step_of(path) < before for path in checkpoints(folder / "ckpt"))
     if config.init is None:
         lineage, base = Lineage(), _agreed(lambda: released_identity(config), mesh)
     else:

@@ -159,11 +159,11 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 class RankData:
-    """A rank's batches, as the trainer asks for them."""
+    """A rank's batches, as the trainer asks for them. ``writes``: what is planned is noted in the run's folder."""
 
-    def __init__(self, data: Data, *, run: Run, geometry: Geometry, mesh: ParallelMesh) -> None:
+    def __init__(self, data: Data, *, run: Run, geometry: Geometry, mesh: ParallelMesh, writes: bool = True) -> None:
         self.records, stores = open_sources(data, check=mesh.is_first)
-        notes = Notes(Path(run.dir) / "plan", writes=mesh.is_first)
+        notes = Notes(Path(run.dir) / "plan", writes=writes and mesh.is_first)
         self.plan = Plan(self.records, data, seed=run.seed, geometry=geometry, notes=notes)
         self.loader = Loader(
             self.plan, stores, data=data, geometry=geometry, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size

@@ -180,6 +180,11 @@ def training_parser(description: str, example: str) -> argparse.ArgumentParser:
         "--checkpoint", metavar="step-000020",
         help="go on from this checkpoint of the run instead of its newest whole one; newer ones are set aside",
     )  # fmt: skip
+    parser.add_argument(
+        "--replay", metavar="STEP", type=int,
+        help="only compute this step, counted from 1, once more and name the first module whose numbers are not finite; the "
+        "run stays as it is",
+    )  # fmt: skip
     return parser
 
 

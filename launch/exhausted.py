@@ -16,7 +16,7 @@ from launch.plan_cluster import Cluster
 from launch.plan_layouts import survey
 
 
-def explained(error: Exception, config: DiTRun | VAERun, mesh: ParallelMesh, *, total: int) -> OutOfMemory:
+def explained(error: Exception, config: DiTRun | VAERun, *, mesh: ParallelMesh, total: int) -> OutOfMemory:
     """``error`` with what the cost model says of it; the allocator's own account goes to the run's logs. ``total``: bytes of
     this rank's device."""
     rank = mesh.world.rank

@@ -51,9 +51,12 @@ def layout_of(config: DiTRun, place: Place) -> Layout:
 
 def train(config: DiTRun, mesh: ParallelMesh, *, device: torch.device, start: Start = Start()) -> None:  # noqa: B008 (frozen)
     """The whole run, on this rank of ``mesh``."""
-    data = RankData(config.data, run=config.run, geometry=TransformerGeometry(config.model.transformer()), mesh=mesh)
+    data = RankData(
+        config.data, run=config.run, geometry=TransformerGeometry(config.model.transformer()), mesh=mesh,
+        writes=start.replay is None,
+    )  # fmt: skip
     frozen = load_frozen(config, device=device, records=data.records, pictures=config.validation.samples_every > 0)
-    begun = begin(config, mesh)
+    begun = begin(config, mesh, before=start.replay)
     adapters = None if config.lora is None else Adapting(asdict(config.lora), begun.base)
     task = VideoTask(
         begun.model, frozen, diffusion=config.diffusion, validation=config.validation, seed=config.run.seed,

@@ -49,7 +49,7 @@ def layout_of(config: VAERun, world: int) -> Layout:
 
 def train(config: VAERun, mesh: ParallelMesh, *, device: torch.device, start: Start = Start()) -> None:  # noqa: B008 (frozen)
     """The whole run, on this rank of ``mesh``."""
-    data = RankData(config.data, run=config.run, geometry=LatentGeometry(), mesh=mesh)
+    data = RankData(config.data, run=config.run, geometry=LatentGeometry(), mesh=mesh, writes=start.replay is None)
     judges = build_judges(config.loss, seed=config.run.seed, device=device)
     if mesh.is_first and config.loss.perceptual is not None and config.loss.perceptual.weights == RANDOM:
         print(

@@ -32,17 +32,19 @@ from launch.compose import RankData, data_facts, note_data, prepare_folder
 from launch.environment import code_of, job_end, job_name, meeting_of, read_place, restarts
 from launch.exhausted import explained
 from launch.pulse import pulse_of_process
+from launch.replay import replay
 from launch.stopping import Stopping
 
 
 @dataclass(frozen=True)
 class Start:
     """How this start of a run differs from others: ``new_data`` allows data that is not what it began with, ``checkpoint`` is
-    the one that it is to go on from instead of its newest, ``job`` the scheduler's name for it, ``stopping`` whether
-    it is to end early."""
+    the one that it is to go on from instead of its newest, ``replay`` the step that is only looked at, ``job`` the scheduler's
+    name for it, ``stopping`` whether it is to end early."""
 
     new_data: bool = False
     checkpoint: str | None = None
+    replay: int | None = None
     job: str = ""
     stopping: Stopping = field(default_factory=Stopping)
     lineage: Lineage = field(default_factory=Lineage)
@@ -52,7 +54,7 @@ def start_of(options: argparse.Namespace) -> Start:
     """As the command line and the scheduler say; from now on signals are listened to."""
     stopping = Stopping(job_end())
     stopping.listen()
-    return Start(options.new_data, options.checkpoint, job_name(), stopping)
+    return Start(options.new_data, options.checkpoint, options.replay, job_name(), stopping)
 
 
 def watched_place(config: DiTRun | VAERun) -> Place:
@@ -63,8 +65,12 @@ def watched_place(config: DiTRun | VAERun) -> Place:
 
 
 def run_training(config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: ParallelMesh, start: Start) -> None:
-    """From the run's folder to its last step."""
+    """From the run's folder to its last step; or a look at one of its steps."""
     try:
+        if start.replay is not None:
+            pulse_of_process().mark("end")  # it may take any time
+            replay(config, task, data=data, mesh=mesh, step=start.replay)
+            return
         with (
             holding(Path(config.run.dir), mesh, job=start.job),
             noting_the_end(Path(config.run.dir), mesh, job=start.job),
@@ -72,7 +78,7 @@ def run_training(config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: P
             _run(config, task, data=data, mesh=mesh, start=start)
     except torch.OutOfMemoryError as error:
         total = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
-        raise explained(error, config, mesh, total=total) from error
+        raise explained(error, config, mesh=mesh, total=total) from error
     finally:
         data.loader.close()
 

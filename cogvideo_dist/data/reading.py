@@ -26,6 +26,10 @@ MAX_MEMBER = 512 * 2**20
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 """What latents, text features and pixels (``U8``) may be stored in, and bytes of a number."""
 
+LARGEST = {"mean": 1e3, "logvar": 1e3, "text": 1e5}
+"""Magnitudes of what encoders give that are far beyond any. A posterior's logarithm of the variance is cut to [-30, 20] in use,
+and T5's features are below a hundred."""
+
 
 class Array(NamedTuple):
     """An array in an arena: its kind (one of ``DTYPES``), shape and first byte."""
@@ -159,8 +163,35 @@ def _latent(store: Store, record: Record, arena: Arena, *, size: Size) -> Conten
     for name, array in arrays.items():
         if (array.dtype == "U8") != (name == "image"):
             raise DecodeError(f"tensor {name} is stored as {array.dtype}", "wrong tensors")
+        if name in LARGEST:
+            check_values(arena.memory, array, name=f"{record.shard}:{record.key}: {name}", most=LARGEST[name])
     caption = caption_member(record)
     return Content(read_caption(store, record, allow_empty=True) if caption in record.members else "", arrays)
+
+
+def check_values(memory: memoryview, array: Array, *, name: str, most: float) -> None:
+    """Refuse numbers that are not finite, or are larger than ``most``: no autoencoder or text encoder makes such.
+
+    Without the sign, the bits of floats are in the order of their values, infinities and NaN above all, so one look at integers
+    of any width does.
+    """
+    width = DTYPES[array.dtype]
+    bits = np.frombuffer(memory, f"u{width}", math.prod(array.shape), array.offset)
+    largest = int((bits & np.array(2 ** (8 * width - 1) - 1, bits.dtype)).max(initial=0))
+    infinite = _bits(math.inf, array.dtype)
+    if largest <= min(_bits(most, array.dtype), infinite - 1):
+        return
+    what = "not finite" if largest >= infinite else f"larger than {most:g}"
+    raise DecodeError(f"{name} holds numbers that are {what}; encode the clip again", "wrong values")
+
+
+def _bits(value: float, dtype: str) -> int:
+    """Of a positive number, as an integer; what is beyond a type's range is infinite in it."""
+    if dtype == "BF16":
+        return int(np.float32(value).view(np.uint32)) >> 16
+    kind = {"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype]
+    with np.errstate(over="ignore"):
+        return int(np.array(value, kind).view(f"u{DTYPES[dtype]}"))
 
 
 def check_latent(shapes: Mapping[str, Sequence[int]], size: Size) -> None:

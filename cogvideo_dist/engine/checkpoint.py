@@ -35,6 +35,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[len(PREFIX) :]))
 
 
+def step_of(checkpoint: Path) -> int:
+    """As its name says."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
 def newest(folder: Path, *, kinds: Sequence[str] | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files (those of some ``kinds`` of the task's own model, or all) are whole, and what was wrong
     with the ones after it.

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cogvideo_dist.config.schema import Train
 from cogvideo_dist.engine.checkpoint import Stored, check_shapes
 from cogvideo_dist.engine.manifest import OtherRun, Saved
 from cogvideo_dist.engine.optim import learning_rate, state_keys
 from cogvideo_dist.engine.outside import Mark, unwatched
 from cogvideo_dist.engine.pieces import Cut, Piece
 from cogvideo_dist.engine.zero import Engine
-from cogvideo_dist.protocols import Batch, Learner, Loss
+from cogvideo_dist.parallel.mesh import ParallelMesh
+from cogvideo_dist.protocols import Batch, Learner, Loss, Task
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,26 @@ class Player:
     learner: Learner
     engine: Engine
 
+    def learns(self, step: int) -> bool:
+        """Whether it has begun to by then."""
+        return step >= self.learner.start
+
     def rate(self, step: int) -> float:
         """Its learning rate in the run's step ``step``."""
         return learning_rate(self.learner.train, step - self.learner.start)
 
     def learn(self, batch: Batch, mark: Mark = unwatched) -> Loss:
-        """Forward and backward of a micro-step."""
+        """Forward and backward of a micro-step, which ``end_micro_step`` or the step's update ends."""
         mark("forward", batch.plan.step + 1)
         with self.engine.keeping():
             loss = self.learner.loss(self.engine.forward, batch)
         mark("backward", batch.plan.step + 1)
         self.engine.backward(loss.total)
         return loss
+
+    def end_micro_step(self) -> None:
+        """Of one that is not the last of its step; nothing is updated."""
+        self.engine.step(0.0)
 
     def updates(self, saved: Saved) -> int:
         """That it had had when ``saved`` was written: one in every step from its start on, but for those that were left out."""
@@ -82,6 +92,12 @@ class Player:
         self.engine.scaler = {
             key: scaler[learner.prefix + key] for key in self.engine.scaler if learner.prefix + key in scaler
         }
+
+
+def players_of(task: Task, train: Train, *, mesh: ParallelMesh, micro_steps: int) -> list[Player]:
+    """The task's model and its rivals, each under an engine of its own."""
+    learners = (Learner("", task.model, train, task.loss), *task.rivals(train))
+    return [Player(each, Engine(each.model, each.train, mesh=mesh, micro_steps=micro_steps)) for each in learners]
 
 
 @dataclass(frozen=True)

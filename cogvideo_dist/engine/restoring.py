@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvideo_dist.engine import files
-from cogvideo_dist.engine.checkpoint import PREFIX, Stored, checkpoints
+from cogvideo_dist.engine.checkpoint import Stored, checkpoints, step_of
 from cogvideo_dist.engine.manifest import NAME, CheckpointError, OtherRun
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.parallel.ops import broadcast_object, gather_objects
@@ -18,15 +18,21 @@ PATIENCE_S = 30.0
 
 
 def restore_newest(
-    folder: Path, mesh: ParallelMesh, *, restore: Callable[[Stored], None], wanted: str | None = None
+    folder: Path,
+    mesh: ParallelMesh,
+    *,
+    restore: Callable[[Stored], None],
+    wanted: str | None = None,
+    until: int | None = None,
 ) -> tuple[Stored | None, list[str]]:
     """The checkpoint that ``restore`` succeeded with on every rank, and what was wrong with newer ones; none if there is none.
 
     ``wanted`` (step-000020): that one and no other; newer ones are set aside, or a later start would go on from them.
+    ``until``: none after that step, and nothing is set aside.
 
     Raises ``CheckpointError`` if there are checkpoints and none can be used, ``OtherRun`` at once if one is of another run.
     """
-    names = broadcast_object(_names(folder, wanted) if mesh.is_first else None, mesh.world)
+    names = broadcast_object(_names(folder, wanted, until) if mesh.is_first else None, mesh.world)
     problems: list[str] = []
     for name in names:
         stored, problem, other = _attempt(folder / name, mesh, restore)
@@ -44,9 +50,10 @@ def restore_newest(
     return None, []
 
 
-def _names(folder: Path, wanted: str | None) -> list[str]:
+def _names(folder: Path, wanted: str | None, until: int | None) -> list[str]:
     """Newest first, by their step."""
-    found = [path.name for path in reversed(checkpoints(folder))]
+    known = reversed(checkpoints(folder))
+    found = [path.name for path in known if until is None or step_of(path) <= until]
     return [name for name in found if wanted in (None, name)]
 
 
@@ -95,7 +102,7 @@ def _as_seen(path: Path, digest: str) -> Stored:
 def _set_aside(folder: Path, *, than: str) -> None:
     """Rename checkpoints that are newer than the one that the run goes on from: they stay, and are no checkpoints any more."""
     for path in checkpoints(folder):
-        if int(path.name[len(PREFIX) :]) > int(than[len(PREFIX) :]):
+        if step_of(path) > step_of(folder / than):
             number = sum(1 for _ in folder.glob(f"set-aside-*{path.name}"))
             files.rename(path, folder / f"set-aside-{number}-{path.name}")
     files.sync(folder)

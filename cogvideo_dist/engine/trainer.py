@@ -19,17 +19,18 @@ from cogvideo_dist.engine.flops import peak_flops
 from cogvideo_dist.engine.lineage import Lineage
 from cogvideo_dist.engine.log import Meter, RunLog, means, peak_memory
 from cogvideo_dist.engine.manifest import Saved, check_about
-from cogvideo_dist.engine.numbers import Numbers, check_scales, updatable
+from cogvideo_dist.engine.numbers import Numbers, update
 from cogvideo_dist.engine.outside import Outside
-from cogvideo_dist.engine.player import Player
-from cogvideo_dist.engine.replay import examine
+from cogvideo_dist.engine.player import Player, players_of
+from cogvideo_dist.engine.probing import examine
 from cogvideo_dist.engine.restoring import restore_newest
 from cogvideo_dist.engine.saving import Saver
-from cogvideo_dist.engine.zero import DEEPSPEED, Engine
+from cogvideo_dist.engine.spikes import NAMED, Spikes, shown
+from cogvideo_dist.engine.zero import DEEPSPEED
 from cogvideo_dist.parallel.ballot import Ballot
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.parallel.ops import broadcast_object, gather_objects
-from cogvideo_dist.protocols import Batch, Defect, Learner, Task
+from cogvideo_dist.protocols import Batch, Defect, Task
 
 
 class Batches(Protocol):
@@ -74,10 +75,10 @@ class Trainer:
         self.limits, self.outside = data_limits, outside or Outside()
         self.mark = self.outside.mark
         self.folder = Path(settings.run.dir)
-        own = Learner("", task.model, settings.train, task.loss)
-        self.players = [Player(learner, self._engine(learner)) for learner in (own, *task.rivals(settings.train))]
+        self.players = players_of(task, settings.train, mesh=mesh, micro_steps=data_limits.micro_steps)
         self.engine = self.players[0].engine
         self.meter = Meter()
+        self.spikes, self.fed = Spikes(settings.log.spikes), list[tuple[int, str]]()  # steps and samples of a report
         self.unreported: Mapping[str, Sequence[float]] = {}  # by an earlier start, which was stopped
         self.mark("load")
         self.numbers = Numbers(self.folder, settings.train, mesh=mesh)
@@ -166,7 +167,7 @@ class Trainer:
 
     def _go_back(self, why: str) -> int:
         """Become what the newest checkpoint has, and go on from there."""
-        self.meter.sums, self.defects, self.noticed = {}, [], []
+        self.meter.sums, self.defects, self.noticed, self.fed = {}, [], [], []
         first, problems = self._restore(None)
         self.log.rewind(first)
         for text in (why, *problems):
@@ -175,9 +176,6 @@ class Trainer:
 
     def _stop_reason(self) -> str:
         return self.outside.stop(pace_s=self.longest_s + self.saver.took_s)
-
-    def _engine(self, learner: Learner) -> Engine:
-        return Engine(learner.model, learner.train, mesh=self.mesh, micro_steps=self.limits.micro_steps)
 
     def _restore(self, wanted: str | None) -> tuple[int, list[str]]:
         """Take up the state of the checkpoint that the run goes on from; its step, and what was wrong with newer ones."""
@@ -190,6 +188,7 @@ class Trainer:
             mine=self.mesh.is_first,
         )
         self.numbers.restore(stored.saved.numbers)
+        self.spikes.restore(stored.saved.numbers.get("reported", {}))
         self.samples = self.limits.samples = stored.saved.samples - self._carried("samples")
         return stored.saved.step, problems
 
@@ -219,11 +218,12 @@ class Trainer:
             for name, value, weight in learned:
                 self.meter.add(name, value, weight=weight)
         self.numbers.taken(step + 1)
+        self.numbers.check_alike(self.players, step + 1)
         self.meter.add("steps", 1.0)
 
     def _learning(self, step: int) -> list[Player]:
         """Those that learn in a step."""
-        return [player for player in self.players if step >= player.learner.start]
+        return [player for player in self.players if player.learns(step)]
 
     def _learn(self, batch: Batch) -> list[Figure]:
         """One micro-step of every model but for the update, and what is to be metered of it."""
@@ -237,22 +237,18 @@ class Trainer:
             found += [(name, value, weight) for name, (value, weight) in loss.metrics.items()]
         for player in players:
             if not player.engine.at_boundary:
-                player.engine.step(player.rate(batch.plan.step))
+                player.end_micro_step()
         return found
 
     def _update(self, step: int, packs: Sequence[Batch]) -> None:
         """Of all models or, where anything of any of them is not finite on any rank, of none."""
         players = self._learning(step)
         self.mark("update", step + 1)
-        engines = {player.learner.name: player.engine for player in players}
-        if updatable(list(engines.values()), self.mesh.world):
-            for player in players:
-                player.engine.step(player.rate(step))
-            check_scales(engines, step + 1)
+        if update(players, step, world=self.mesh.world):
             return
-        sound = all(engine.loss_is_finite for engine in engines.values())
-        for engine in engines.values():
-            engine.discard()
+        sound = all(player.engine.loss_is_finite for player in players)
+        for player in players:
+            player.engine.discard()
         accounts = examine(players, packs, mesh=self.mesh, describe=self.task.describe)
         for account, finite in zip(accounts, gather_objects(sound, self.mesh.world)):
             account["loss_was_finite"] = finite
@@ -272,6 +268,8 @@ class Trainer:
         self.meter.add("samples", share * len(batch.samples))
         self.meter.add("flops", share * self.task.flops(batch.layout))
         self.defects += batch.defects
+        if self.speaks_for_sample:
+            self.fed += [(batch.plan.step + 1, sample.key) for sample in batch.samples]
 
     def _report(self, done: int) -> None:
         """Reduce and write what was metered since the last report."""
@@ -310,7 +308,22 @@ class Trainer:
             norm=f"{values.get('gradient_norm', math.nan):.3f}",
             mfu=f"{values['throughput/mfu']:.0%}",
         )
+        self._tell_spikes(done, values)
         self._check_data(int(samples[0]), replaced)
+
+    def _tell_spikes(self, done: int, values: Mapping[str, float]) -> None:
+        """A warning and an incident for each loss or gradient norm that leaps, with the samples that it may be from."""
+        names = [player.learner.tag + kind for player in self.players for kind in ("loss", "gradient_norm")]
+        found = self.spikes.look({name: values[name] for name in names if name in values})
+        fed, self.fed = self.fed, []
+        if not broadcast_object(bool(found), self.mesh.world):
+            return
+        every = sorted(tuple(each) for mine in gather_objects(fed, self.mesh.world) for each in mine)
+        for spike in found:
+            # a loss is of all steps since the last report, a norm of its step alone
+            samples = every if spike.figure.endswith("loss") else [each for each in every if each[0] == done]
+            self.log.say(f"warning: step {done}: {spike}, {shown(samples)}")
+            self.numbers.note(done, {"kind": "spike", **spike._asdict(), "samples": samples[:NAMED], "action": "none"})
 
     def _carried(self, name: str) -> int:
         """What an earlier start had metered and not reported."""
@@ -418,6 +431,7 @@ class Trainer:
             "updates": {name: engine.updates for name, engine in engines.items()},
             "overflows": {name: engine.overflows for name, engine in engines.items()},
             **self.numbers.state(),
+            "reported": self.spikes.state(),
         }
 
     def _facts(self, done: int) -> dict[str, Any]:

@@ -325,7 +325,7 @@ class Engine:
             yield
             return
         self._link_state()
-        kept = {name: self._working(p).clone() for name, p in self.names.items()}
+        kept = {name: self.working(p).clone() for name, p in self.names.items()}
         for p in self.names.values():
             self._set_working(p, self._read_everywhere(p, "ema"))
         self._forget_gathered()
@@ -394,12 +394,13 @@ class Engine:
         flat = value.flatten()[self.mesh.replica.rank * size :][:size]
         return torch.nn.functional.pad(flat, (0, size - flat.numel()))
 
-    def _working(self, parameter: Any) -> Tensor:
+    def working(self, parameter: Any) -> Tensor:
+        """What forward computes with: the parameter or, under stage 3, this rank's part of it."""
         return (parameter.ds_tensor if self.stage == 3 else parameter).detach()
 
     def _set_working(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Replace what forward computes with: the whole tensor (or, as saved by ``_working``, stage 3's slice)."""
-        target = self._working(parameter)
+        """Replace what forward computes with: the whole tensor (or, as saved by ``working``, stage 3's slice)."""
+        target = self.working(parameter)
         if self.stage == 3 and value.shape != target.shape:
             value = self._local(parameter, value)
         target.copy_(value)

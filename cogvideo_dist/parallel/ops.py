@@ -142,6 +142,15 @@ def reduce_sum(x: Tensor, axis: Axis) -> Tensor:
     return total
 
 
+def reduce_max(x: Tensor, axis: Axis) -> Tensor:
+    """y_r = max_s x_s, in a new tensor."""
+    most = x.clone()
+    if axis.size > 1:
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=axis.group)
+        axis.ledger.add(axis.name, "max", sent=2 * (axis.size - 1) * _bytes(x) // axis.size)
+    return most
+
+
 class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, axis: Axis, *values: Tensor) -> tuple[Tensor, ...]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from itertools import islice
 from pathlib import Path
 
@@ -251,3 +252,29 @@ def test_latents_of_another_shape_are_defects(
     assert {sample.key for sample in batch.samples} == {"a"}
     assert {(defect.key, defect.replaced_by) for defect in batch.defects} == {("b", "a")}
     assert "mean" in batch.defects[0].reason
+
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", ["mean", "logvar", "text"])
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf, -2e5])
+def test_latents_that_no_encoder_makes_are_defects(tmp_path: Path, dtype: torch.dtype, name: str, value: float) -> None:
+    """One number of one tensor is not finite, or far beyond any; the shard's checksums are right."""
+    tensors = {"mean": torch.ones(16, 3, 6, 8), "logvar": torch.zeros(16, 3, 6, 8), "text": torch.full((4, 6), 9e4)}
+    entries = []
+    for key in ("a", "b"):
+        own = {kind: tensor.clamp(max=6e4).to(dtype) for kind, tensor in tensors.items()}
+        if key == "b":
+            own[name].view(-1)[7] = value
+        moments = {kind: own[kind] for kind in ("mean", "logvar")}
+        members = {"latent.safetensors": save(moments), "text.safetensors": save({"text": own["text"]})}
+        entries.append((key, members, {**LATENT, "size": (9, 48, 64)}))
+    write_shards(tmp_path / "latents", entries)
+    (batch,) = steps(make(ShardReader(tmp_path / "latents"), source="latents", packs_per_step=1), count=1)
+    assert {sample.key for sample in batch.samples} == {"a"}
+    (defect,) = {(defect.key, defect.code, defect.reason) for defect in batch.defects}
+    assert defect[:2] == ("b", "wrong values")
+    finite = math.isfinite(torch.tensor(value, dtype=dtype).item())
+    assert f"shard-000000.tar:b: {name} holds numbers that are {'larger than' if finite else 'not finite'}" in defect[2]

@@ -60,7 +60,7 @@ def said_before_it_is_done() -> None:
 
 
 def latest_is_trusted() -> None:
-    def names(folder: Path, wanted: str | None) -> list[str]:
+    def names(folder: Path, wanted: str | None, until: int | None) -> list[str]:
         latest = folder / "latest"
         return [latest.read_text().strip()] if latest.exists() else []
 

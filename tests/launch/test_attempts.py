@@ -58,11 +58,11 @@ def test_a_full_device_is_told_with_what_would_fit(world: World, tmp_path: Path)
     config = world.config(tmp_path, "train.precision=bf16")
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     mesh = ParallelMesh(world=Axis("world", rank=1, size=2, ranks=(0, 1)))
-    told = explained(error, config, mesh, total=80 * 10**9)
+    told = explained(error, config, mesh=mesh, total=80 * 10**9)
     text = ending_of(told)
     assert "rank 1 is out of device memory (80 GB): CUDA out of memory. Tried to allocate 2.00 GiB." in text
     assert "by the cost model it peaks at" in text and "ZeRO" in text
     assert code_of(told) == NON_FINITE
     assert "Tried to allocate" in (tmp_path / "logs" / "rank-1.memory.txt").read_text()
-    assert "nothing fits" in ending_of(explained(error, config, mesh, total=1000))
+    assert "nothing fits" in ending_of(explained(error, config, mesh=mesh, total=1000))
     assert len(text) < 500, text
