@@ -37,8 +37,13 @@ REFUSED, NON_FINITE, UNSAVED, STOPPED, TRANSIENT, NO_PROGRESS, INTERRUPTED, FAIL
 cannot be written; stopped as asked and saved; the storage does not answer, or workers or ranks die, so that the same command
 may well succeed later; restarts that get nowhere; Ctrl-C; any other error of the user's input."""
 
-LOST = re.compile(r"(closed|reset) by peer|Broken pipe|[Tt]imed out waiting|NCCL|connection refused", re.IGNORECASE)
+LOST = re.compile(
+    r"(closed|reset) by peer|Broken pipe|timed out (waiting|after)|NCCL|connection refused", re.IGNORECASE
+)
 """What a collective says when a rank that it waits for is gone."""
+
+TAKEN, FULL = "EADDRINUSE", "DefaultCPUAllocator"
+"""In what torch says when a port is taken, and when the host's memory is full."""
 
 
 def read_place() -> Place:
@@ -257,11 +262,17 @@ def ending_of(error: BaseException) -> str:
         return "interrupted; start the same command again to go on from the last checkpoint"
     if isinstance(error, Stopped):
         return str(error)
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or _says(error, FULL):
         held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         return f"error: the host's memory is full ({error or 'no room'}); this process held {held:.1f} GiB at most"
     if isinstance(error, (ValueError, OSError, FloatingPointError, WorkerError, NoProgress, OutOfMemory)):
         return f"error: {error}"
+    if _says(error, TAKEN):
+        port = os.environ.get("MASTER_PORT", "")
+        return (
+            f"error: port {port} of this machine, at which ranks are to meet, is taken; see by whom with ss -ltnp, or choose another "
+            "(--master_port, MASTER_PORT)"
+        )
     if isinstance(error, RuntimeError) and code_of(error) == TRANSIENT:
         return f"error: {GONE}: {error}; the last checkpoint stands"
     return ""
@@ -274,7 +285,12 @@ def code_of(error: BaseException) -> int:
     for kinds, code in CODES:
         if isinstance(error, kinds):
             return code
-    return TRANSIENT if isinstance(error, RuntimeError) and LOST.search(str(error)) else FAILED
+    passing = _says(error, TAKEN) or _says(error, FULL) or (isinstance(error, RuntimeError) and LOST.search(str(error)))
+    return TRANSIENT if passing else FAILED
+
+
+def _says(error: BaseException, what: str) -> bool:
+    return isinstance(error, RuntimeError) and what in str(error)
 
 
 CODES: tuple[tuple[type[BaseException], int], ...] = (

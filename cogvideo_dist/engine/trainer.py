@@ -59,6 +59,9 @@ class Settings(Protocol):
 Figure = tuple[str, Tensor | float, Tensor | float]
 """Name, value and weight of what is to be metered."""
 
+SLACK_S = 5.0
+"""That a save must be ready before a kill."""
+
 ELAPSED, LISTED = "elapsed", "listed"
 """Among what is not reported yet: seconds of steps, and samples that were replaced and used in part."""
 
@@ -88,7 +91,7 @@ class Trainer:
             self.log.say(f"warning: going on from step {self.first_step}: {problem}")
         self.saver = Saver(self.folder / "ckpt", settings.checkpoint, mesh=mesh, say=self.log.say)
         self.ballot = Ballot(mesh.world, self.engine.device)
-        self.longest_s = 0.0  # of all steps
+        self.longest_s, self.warned = 0.0, False  # of all steps; whether it was said that a save takes too long
         self.held_out: dict[str, float] = {}
         self.judged = -1  # after which step
         self.defects: list[Defect] = []  # samples that others replaced
@@ -135,6 +138,7 @@ class Trainer:
                 return self._go_back(str(why))
             self.longest_s = max(self.longest_s, time.monotonic() - began)
             self.saver.poll()
+            self._warn_of_grace()
             done = step + 1
             (stopping,) = self.ballot.turn((bool(self._stop_reason()),))
             last = done == steps
@@ -176,6 +180,16 @@ class Trainer:
 
     def _stop_reason(self) -> str:
         return self.outside.stop(pace_s=self.longest_s + self.saver.took_s)
+
+    def _warn_of_grace(self) -> None:
+        """Once it is known how long a save takes."""
+        pace, grace = self.longest_s + self.saver.took_s, self.outside.grace_s
+        if self.saver.took_s and not self.warned and pace > grace - SLACK_S:
+            self.warned = True
+            self.log.say(
+                f"warning: a step and a save take {pace:.0f} s, too long for a scheduler that kills {grace:.0f} s after its "
+                "SIGTERM: what was computed since the last checkpoint would be lost; have it signal earlier (Slurm: KillWait, --signal)"
+            )
 
     def _restore(self, wanted: str | None) -> tuple[int, list[str]]:
         """Take up the state of the checkpoint that the run goes on from; its step, and what was wrong with newer ones."""

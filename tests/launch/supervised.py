@@ -226,6 +226,9 @@ class Faulty:
     def bad_input(self) -> None:
         raise ValueError("the input is bad\nin two lines")
 
+    def allocate(self) -> None:
+        torch.empty(2**50)
+
     def other_rate(self) -> None:
         self.other = True
 

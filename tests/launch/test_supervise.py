@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -173,6 +174,17 @@ def _parent(pid: int) -> int:
 
 def _parent_is_supervisor(pid: int) -> bool:
     return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0] != b"sleep"
+
+
+def test_a_full_host_is_named(tmp_path: Path) -> None:
+    line = assert_over(play(Scene(tmp_path, fault=Fault("allocate", 1))), 76, 1)
+    assert "the host's memory is full" in line and "GiB at most" in line
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        outcome = play(Scene(tmp_path, address=f"127.0.0.1:{other.getsockname()[1]}"))
+    assert "is taken" in assert_over(outcome, 76, 0) if "rank 0" in outcome.said else "is taken" in outcome.lines[0]
 
 
 def test_ranks_whose_configuration_differs_are_refused(tmp_path: Path) -> None:
