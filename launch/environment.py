@@ -270,8 +270,8 @@ def ending_of(error: BaseException) -> str:
     if _says(error, TAKEN):
         port = os.environ.get("MASTER_PORT", "")
         return (
-            f"error: port {port} of this machine, at which ranks are to meet, is taken; see by whom with ss -ltnp, or choose another "
-            "(--master_port, MASTER_PORT)"
+            f"error: port {port} of this machine, at which ranks are to meet, is taken; see by whom with ss -ltnp, or choose "
+            "another (--master_port, MASTER_PORT)"
         )
     if isinstance(error, RuntimeError) and code_of(error) == TRANSIENT:
         return f"error: {GONE}: {error}; the last checkpoint stands"
