@@ -188,7 +188,7 @@ class Trainer:
             self.warned = True
             self.log.say(
                 f"warning: a step and a save take {pace:.0f} s, too long for a scheduler that kills {grace:.0f} s after its "
-                "SIGTERM: what was computed since the last checkpoint would be lost; have it signal earlier (KillWait, --signal)"
+                "SIGTERM: what was computed since the last checkpoint would be lost; let it signal earlier (KillWait, --signal)"
             )
 
     def _restore(self, wanted: str | None) -> tuple[int, list[str]]:
