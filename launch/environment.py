@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import os
 import re
+import resource
 import sys
 import time
 import traceback
@@ -19,7 +20,7 @@ import torch
 from cogvideo_dist.config.load import ConfigError
 from cogvideo_dist.data.pool import WorkerError
 from cogvideo_dist.data.storage import StorageError
-from cogvideo_dist.engine.ending import Stopped
+from cogvideo_dist.engine.ending import NoProgress, OutOfMemory, Stopped
 from cogvideo_dist.engine.manifest import CheckpointError, SaveError
 from cogvideo_dist.parallel.agreement import check_alike
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, Place, start
@@ -31,13 +32,18 @@ from launch.supervise_verdict import GONE
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 NAMES = (*RANKS, "MASTER_ADDR", "MASTER_PORT")
 
-REFUSED, NON_FINITE, UNSAVED, STOPPED, TRANSIENT, INTERRUPTED, FAILED = 78, 70, 74, 75, 76, 130, 1
-"""Exit codes: the configuration or checkpoint cannot be run; loss not finite; checkpoints cannot be written; stopped as asked
-and saved; the storage does not answer, or workers or ranks die, so that the same command may well succeed later; Ctrl-C; any
-other error of the user's input."""
+REFUSED, NON_FINITE, UNSAVED, STOPPED, TRANSIENT, NO_PROGRESS, INTERRUPTED, FAILED = 78, 70, 74, 75, 76, 93, 130, 1
+"""Exit codes: the configuration or checkpoint cannot be run; loss not finite, or a device's memory too small; checkpoints
+cannot be written; stopped as asked and saved; the storage does not answer, or workers or ranks die, so that the same command
+may well succeed later; restarts that get nowhere; Ctrl-C; any other error of the user's input."""
 
-LOST = re.compile(r"(closed|reset) by peer|Broken pipe|[Tt]imed out waiting|NCCL|connection refused", re.IGNORECASE)
+LOST = re.compile(
+    r"(closed|reset) by peer|Broken pipe|timed out (waiting|after)|NCCL|connection refused", re.IGNORECASE
+)
 """What a collective says when a rank that it waits for is gone."""
+
+TAKEN, FULL = "EADDRINUSE", "DefaultCPUAllocator"
+"""In what torch says when a port is taken, and when the host's memory is full."""
 
 
 def read_place() -> Place:
@@ -188,8 +194,8 @@ def training_parser(description: str, example: str) -> argparse.ArgumentParser:
 
 
 def job_name() -> str:
-    """The scheduler's number of this job, if one started it."""
-    return os.environ.get("SLURM_JOB_ID", "")
+    """The scheduler's or launcher's name of this job, which all its starts have, if one started it."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def job_end() -> float | None:
@@ -235,18 +241,19 @@ def run_command(name: str, main: Callable[[], None]) -> None:
     try:
         main()
     except SystemExit as error:  # argparse has said why
-        pulse.ended(error.code if isinstance(error.code, int) else bool(error.code), "")
+        pulse.ended(error.code if isinstance(error.code, int) else bool(error.code), "", agreed=not error.code)
         raise
     except BaseException as error:
         text, code = ending_of(error), code_of(error)
         if pulse.heard:
             trace = "".join(traceback.format_exception(error))
-            pulse.ended(code, text or f"error: {type(error).__name__}: {error}", trace=trace, bug=not text)
+            said = text or f"error: {type(error).__name__}: {error}"
+            pulse.ended(code, said, trace=trace, bug=not text, agreed=isinstance(error, AGREED))
             sys.exit(code)
         if not text:
             raise
         _leave(name, text, code)
-    pulse.ended(0, "")
+    pulse.ended(0, "", agreed=True)
 
 
 def ending_of(error: BaseException) -> str:
@@ -255,8 +262,17 @@ def ending_of(error: BaseException) -> str:
         return "interrupted; start the same command again to go on from the last checkpoint"
     if isinstance(error, Stopped):
         return str(error)
-    if isinstance(error, (ValueError, OSError, FloatingPointError, WorkerError)):
+    if isinstance(error, MemoryError) or _says(error, FULL):
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return f"error: the host's memory is full ({error or 'no room'}); this process held {held:.1f} GiB at most"
+    if isinstance(error, (ValueError, OSError, FloatingPointError, WorkerError, NoProgress, OutOfMemory)):
         return f"error: {error}"
+    if _says(error, TAKEN):
+        port = os.environ.get("MASTER_PORT", "")
+        return (
+            f"error: port {port} of this machine, at which ranks are to meet, is taken; see by whom with ss -ltnp, or choose "
+            "another (--master_port, MASTER_PORT)"
+        )
     if isinstance(error, RuntimeError) and code_of(error) == TRANSIENT:
         return f"error: {GONE}: {error}; the last checkpoint stands"
     return ""
@@ -269,13 +285,23 @@ def code_of(error: BaseException) -> int:
     for kinds, code in CODES:
         if isinstance(error, kinds):
             return code
-    return TRANSIENT if isinstance(error, RuntimeError) and LOST.search(str(error)) else FAILED
+    passing = _says(error, TAKEN) or _says(error, FULL) or (isinstance(error, RuntimeError) and LOST.search(str(error)))
+    return TRANSIENT if passing else FAILED
+
+
+def _says(error: BaseException, what: str) -> bool:
+    return isinstance(error, RuntimeError) and what in str(error)
 
 
 CODES: tuple[tuple[type[BaseException], int], ...] = (
     (KeyboardInterrupt, INTERRUPTED), (Stopped, STOPPED), (ConfigError, REFUSED), (CheckpointError, REFUSED),
     (FloatingPointError, NON_FINITE), (SaveError, UNSAVED),
+    (NoProgress, NO_PROGRESS), (OutOfMemory, NON_FINITE), (MemoryError, TRANSIENT),
 )  # fmt: skip
+
+
+AGREED = (Stopped, FloatingPointError, SaveError)
+"""Errors that all ranks raise alike."""
 
 
 def _leave(name: str, text: str, code: int) -> None:

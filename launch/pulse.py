@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cogvideo_dist.config.schema import Watch
+from cogvideo_dist.config.watch import Watch
 from cogvideo_dist.parallel.mesh import Place
 from cogvideo_dist.parallel.recorder import RECORDS, collectives
 from launch.heartbeat import Heartbeat
@@ -73,12 +73,14 @@ class Pulse:
             limit = float(getattr(self.limits, f"{phase}_s"))
         self.heartbeat.beat(phase, step=step, limit_s=limit)
 
-    def ended(self, code: int, text: str, *, trace: str = "", bug: bool = False) -> None:
+    def ended(self, code: int, text: str, *, trace: str = "", bug: bool = False, agreed: bool = False) -> None:
         """Why this process is about to end with ``code``: ``text`` is for people, empty if there is nothing to say, ``trace``
-        for the logs, and shown if it is a ``bug``."""
+        for the logs, and shown if it is a ``bug``. ``agreed``: all ranks end so, each in its own time."""
         if self.channel is not None:
             self.heartbeat.beat("exit", limit_s=EXIT_S)
-        self._tell(ended={"code": int(code), "text": text, "trace": trace[-LONGEST_TRACE:], "bug": bug})
+        self._tell(
+            ended={"code": int(code), "text": text, "trace": trace[-LONGEST_TRACE:], "bug": bug, "agreed": agreed}
+        )
 
     def _tell(self, **message: Any) -> None:
         if self.channel is not None:

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any
 
 from launch.heartbeat import Heartbeat
-from launch.supervise_hub import AGREED, Ending, Hub, Member, decoded, say
+from launch.supervise_hub import Ending, Hub, Member, decoded, say
 
 SUPERVISED = "COGVIDEO_DIST_SUPERVISED"
 """In the environment of a supervised rank: descriptors of its heartbeat, of its channel and of a file for stacks."""
@@ -237,16 +237,17 @@ class Supervisor:
         if said and said["trace"]:
             self._note(said["trace"])
         if said is None and status == LEAVE_NOW:
-            said = {"text": "", "code": status, "trace": "", "bug": False}
+            said = {"text": "", "code": status, "trace": "", "bug": False, "agreed": True}
         if said is None and self.member is None and status >= 0:
             return status  # it came to nothing, and Python has said why
         code = said["code"] if said else TRANSIENT
         if said is None and not self.ending and not self.accused:
             self._fail("died", self._obituary(status), code)
         elif said:
-            self._fail("ended", said["text"], code, trace=said["trace"] if said["bug"] else "")
+            kind = "agreed" if said["agreed"] else "ended"
+            self._fail(kind, said["text"], code, trace=said["trace"] if said["bug"] else "")
         self._leave(code)
-        if self.ending is None or (said and code in AGREED):
+        if self.ending is None or (said and said["agreed"]):
             return code
         if self.ending.rank != self.rank.number:
             self._note(f"rank {self.rank.number} stopped: rank {self.ending.rank} failed first: {self.ending.text}")
@@ -267,7 +268,7 @@ class Supervisor:
 
     def _fail(self, kind: str, text: str, code: int, *, trace: str = "") -> None:
         """Let the first supervisor know."""
-        self.said = Said(text if kind == "ended" else f"error: it {text}", trace)
+        self.said = Said(text if kind in ("ended", "agreed") else f"error: it {text}", trace)
         if self.member:
             self.member.say(fail={"kind": kind, "text": text, "code": code, "trace": trace})
 

@@ -36,9 +36,6 @@ RETRY_S = 0.2
 LONGEST = 1 << 22
 """Bytes of a message."""
 
-AGREED = (0, 70, 74, 75, 143)
-"""Codes with which all ranks end by themselves, each in its own time."""
-
 WELCOME_S = 3.0
 """In which whoever listens at an address proves to be the first supervisor; it may be an old one."""
 
@@ -205,7 +202,8 @@ class Known:
 
 @dataclass
 class Failure:
-    """What a supervisor reports of its rank; ``kind``: died, ended, lost or hang."""
+    """What a supervisor reports of its rank; ``kind``: died, ended, lost, hang, or agreed: all ranks end so by
+    themselves."""
 
     rank: int
     kind: str
@@ -268,7 +266,7 @@ class Hub:
     def close(self) -> None:
         """The last word on how the run ended, and nobody listens any more."""
         first = self.settled
-        if first and first.code not in AGREED:
+        if first:
             self._write("exit_status.json", {
                 "code": first.code, "reason": " ".join(first.text.split()), "rank": first.rank, "kind": first.kind,
                 "job": os.environ.get("SLURM_JOB_ID", ""), "time": time.time(),
@@ -285,14 +283,12 @@ class Hub:
         where = f"rank {first.rank}" + (f" ({known.host}, process {known.pid})" if known else "")
         goes_on = "; the last checkpoint stands, and the same command goes on from there" if first.code == 76 else ""
         text = first.text if first.kind == "ended" else f"error: {where} {first.text}{goes_on}"
-        if first.kind == "ended" and first.rank and first.code not in AGREED:
+        if first.kind == "ended" and first.rank:
             text = f"rank {first.rank}: {text}"
         if first.text:
             say(self.name, text, trace=first.trace)
         if self.standing:
             self._write("logs/hang.json", {"time": time.time(), "verdict": text, "ranks": self.standing})
-        if first.code in AGREED:
-            return
         grace = GRACE_S if first.kind == "ended" else 0.0
         self.until = time.monotonic() + grace + GRACE_S
         for each in self.known.values():
@@ -338,7 +334,7 @@ class Hub:
         self.known[said["rank"]] = known = Known(line, said["rank"], said["host"], said["pid"])
         for message in rest:
             self._take(known, message)
-        if self.settled and self.settled.code not in AGREED:
+        if self.settled:
             line.say(
                 end={"rank": self.settled.rank, "text": self.settled.text, "code": self.settled.code, "grace_s": 0.0}
             )
@@ -362,7 +358,7 @@ class Hub:
             each.code = message["bye"]
 
     def _count(self, failure: Failure) -> None:
-        if failure.kind == "ended" and failure.code in AGREED:
+        if failure.kind == "agreed":
             if failure.text and not self.said:  # all ranks end so, each with the same to say
                 self.said = True
                 say(self.name, failure.text)

@@ -11,21 +11,27 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from cogvideo_dist.config.autoencoder import VAERun
 from cogvideo_dist.config.load import digest, plain
 from cogvideo_dist.config.schema import DiTRun
+from cogvideo_dist.engine.ending import NoProgress
+from cogvideo_dist.engine.given import DataLimits, Origin
 from cogvideo_dist.engine.lease import Lease
 from cogvideo_dist.engine.lineage import FILE, Lineage
 from cogvideo_dist.engine.manifest import CheckpointError
 from cogvideo_dist.engine.outside import Outside
-from cogvideo_dist.engine.trainer import DataLimits, Origin, Trainer
+from cogvideo_dist.engine.trainer import Trainer
 from cogvideo_dist.evaluation.media import replacing
 from cogvideo_dist.parallel.agreement import check_alike
 from cogvideo_dist.parallel.mesh import ParallelMesh, Place
 from cogvideo_dist.parallel.ops import broadcast_object
 from cogvideo_dist.protocols import Task
+from launch.attempts import STATUS, note_attempt
 from launch.compose import RankData, data_facts, note_data, prepare_folder
-from launch.environment import code_of, job_end, job_name, meeting_of, read_place
+from launch.environment import code_of, job_end, job_name, meeting_of, read_place, restarts
+from launch.exhausted import explained
 from launch.pulse import pulse_of_process
 from launch.replay import replay
 from launch.stopping import Stopping
@@ -72,6 +78,9 @@ def run_training(config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: P
             noting_the_end(Path(config.run.dir), mesh, job=start.job),
         ):
             _run(config, task, data=data, mesh=mesh, start=start)
+    except torch.OutOfMemoryError as error:
+        total = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
+        raise explained(error, config, mesh=mesh, total=total) from error
     finally:
         data.loader.close()
 
@@ -104,23 +113,25 @@ def _run(config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: ParallelM
 @contextmanager
 def holding(folder: Path, mesh: ParallelMesh, *, job: str) -> Iterator[None]:
     """Within, no other job writes into the run's folder. An error of the first rank is that of all."""
-    lease, taken = None, ""
+    lease, taken, fruitless = None, "", ""
     if mesh.is_first:
         try:
             lease = Lease(folder, say=lambda text: print(text, file=sys.stderr, flush=True), job=job)
+            note_attempt(folder, job=job, restart=restarts())
         except (CheckpointError, OSError) as error:  # or the others would wait for it
             taken = str(error)
-    if taken := broadcast_object(taken, mesh.world):
-        raise CheckpointError(taken)
+        except NoProgress as error:
+            fruitless = str(error)
+    taken, fruitless = broadcast_object((taken, fruitless), mesh.world)
     try:
+        if taken:
+            raise CheckpointError(taken)
+        if fruitless:
+            raise NoProgress(fruitless)
         yield
     finally:
         if lease:
             lease.release()
-
-
-STATUS = "exit_status.json"
-"""In a run's folder: how its last start ended, since launchers lose exit codes."""
 
 
 @contextmanager

@@ -9,3 +9,11 @@ class Stopped(Exception):
 
 class Rewind(Exception):
     """A run goes back to its newest checkpoint, in the same processes; why."""
+
+
+class NoProgress(Exception):
+    """A job was restarted several times and has not come to a new checkpoint."""
+
+
+class OutOfMemory(RuntimeError):
+    """A device's memory does not hold the run; the message says what would."""

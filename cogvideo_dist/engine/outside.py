@@ -29,7 +29,9 @@ def unwatched(phase: str, step: int = 0) -> None:
 
 @dataclass(frozen=True)
 class Outside:
-    """How a run hears of the world and the world of it."""
+    """How a run hears of the world and the world of it. ``grace_s``: between a scheduler's request to stop and its kill, as far
+    as one knows; Slurm's KillWait is 30 s unless it is configured."""
 
     stop: Stop = never
     mark: Mark = unwatched
+    grace_s: float = 30.0

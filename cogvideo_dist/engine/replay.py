@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cogvideo_dist.engine.checkpoint import Stored
+from cogvideo_dist.engine.given import Batches, Settings
 from cogvideo_dist.engine.manifest import check_about
 from cogvideo_dist.engine.numbers import left_out_steps, update
 from cogvideo_dist.engine.outside import Mark, unwatched
 from cogvideo_dist.engine.player import Player, players_of
 from cogvideo_dist.engine.probing import Account, examine
 from cogvideo_dist.engine.restoring import restore_newest
-from cogvideo_dist.engine.trainer import Batches, Settings
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.protocols import Batch, Task
 

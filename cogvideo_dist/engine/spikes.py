@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from cogvideo_dist.parallel.mesh import Axis
+from cogvideo_dist.parallel.ops import broadcast_object, gather_objects
 
 KEPT, FEWEST = 64, 16
 """Reports that are remembered of a figure, and how many there must be to judge by."""
@@ -48,11 +51,12 @@ class Spike(NamedTuple):
 
 class Spikes:
     """Figures that exceed their median by more than ``bound`` deviations (0: none does). Leaps do not move a median, so they
-    are judged and remembered like any other."""
+    are judged and remembered like any other. ``fed``: step and key of what this rank has to tell of, since the last report."""
 
     def __init__(self, bound: float) -> None:
         self.bound = bound
         self.seen: dict[str, list[float]] = {}
+        self.fed: list[tuple[int, str]] = []
 
     def state(self) -> dict[str, list[float]]:
         """For a checkpoint."""
@@ -60,6 +64,21 @@ class Spikes:
 
     def restore(self, state: Mapping[str, list[float]]) -> None:
         self.seen = {name: list(values) for name, values in state.items()}
+
+    def judge(self, done: int, figures: Mapping[str, float], *, world: Axis) -> list[tuple[str, dict[str, Any]]]:
+        """Of a report after step ``done``: what is to be said of each figure that leaps, and to be noted. Collective."""
+        found = self.look(figures)
+        fed, self.fed = self.fed, []
+        if not broadcast_object(bool(found), world):
+            return []
+        every = sorted((step, key) for mine in gather_objects(fed, world) for step, key in mine)
+        told = []
+        for spike in found:
+            # a loss is of all steps since the last report, a norm of its step alone
+            samples = every if spike.figure.endswith("loss") else [each for each in every if each[0] == done]
+            entry = {"kind": "spike", **spike._asdict(), "samples": samples[:NAMED], "action": "none"}
+            told.append((f"{spike}, {shown(samples)}", entry))
+        return told
 
     def look(self, figures: Mapping[str, float]) -> list[Spike]:
         """Those of ``figures`` that leap; all are remembered."""

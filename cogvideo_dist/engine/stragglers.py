@@ -22,7 +22,7 @@ from cogvideo_dist.parallel.waiting import Waits
 
 PHASES = ("data", "forward", "backward", "update")
 
-SLOW, WEIGHTY, LEAST_S, REPORTS = 0.7, 0.1, 0.05, 2
+SLOW, WEIGHTY, LEAST_S, REPORTS = 0.7, 0.1, 0.25, 2
 """A rank is slow in a phase that the median of the others takes less than ``SLOW`` of its time for, if that time makes up
 ``WEIGHTY`` of its steps and ``LEAST_S`` of a report, in so many reports in a row."""
 

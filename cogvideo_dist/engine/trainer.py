@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cogvideo_dist.config.schema import Checkpoint, Log, Run, Train, Validation
 from cogvideo_dist.engine.checkpoint import Stored, checkpoints
 from cogvideo_dist.engine.ending import Rewind, Stopped
 from cogvideo_dist.engine.flops import peak_flops
-from cogvideo_dist.engine.lineage import Lineage
+from cogvideo_dist.engine.given import Batches, DataLimits, Origin, Settings
 from cogvideo_dist.engine.log import Meter, RunLog, means, peak_memory
 from cogvideo_dist.engine.manifest import Saved, check_about
 from cogvideo_dist.engine.numbers import Numbers, update
@@ -25,7 +23,7 @@ from cogvideo_dist.engine.player import Player, players_of
 from cogvideo_dist.engine.probing import examine
 from cogvideo_dist.engine.restoring import restore_newest
 from cogvideo_dist.engine.saving import Saver
-from cogvideo_dist.engine.spikes import NAMED, Spikes, shown
+from cogvideo_dist.engine.spikes import Spikes
 from cogvideo_dist.engine.stragglers import Laps, Stragglers
 from cogvideo_dist.engine.zero import DEEPSPEED
 from cogvideo_dist.parallel.ballot import Ballot
@@ -34,32 +32,11 @@ from cogvideo_dist.parallel.ops import broadcast_object, gather_objects
 from cogvideo_dist.parallel.waiting import counting
 from cogvideo_dist.protocols import Batch, Defect, Task
 
-
-class Batches(Protocol):
-    """This rank's share of the data. ``held_out`` yields as many batches on every rank; a pack of weight 0 fills up."""
-
-    def iterate(self, first_step: int) -> Iterator[Batch]: ...
-
-    def held_out(self) -> Iterator[tuple[Batch, float]]: ...
-
-
-class Settings(Protocol):
-    """The sections of a run's configuration that the trainer reads."""
-
-    @property
-    def run(self) -> Run: ...
-    @property
-    def train(self) -> Train: ...
-    @property
-    def checkpoint(self) -> Checkpoint: ...
-    @property
-    def log(self) -> Log: ...
-    @property
-    def validation(self) -> Validation: ...
-
-
 Figure = tuple[str, Tensor | float, Tensor | float]
 """Name, value and weight of what is to be metered."""
+
+SLACK_S = 5.0
+"""That a save must be ready before a kill."""
 
 ELAPSED, LISTED = "elapsed", "listed"
 """Among what is not reported yet: seconds of steps, and samples that were replaced and used in part."""
@@ -80,7 +57,7 @@ class Trainer:
         self.engine = self.players[0].engine
         self.laps, self.stragglers = Laps(self.engine.device), Stragglers(mesh.world)
         self.meter = Meter()
-        self.spikes, self.fed = Spikes(settings.log.spikes), list[tuple[int, str]]()  # steps and samples of a report
+        self.spikes = Spikes(settings.log.spikes)
         self.unreported: Mapping[str, Sequence[float]] = {}  # by an earlier start, which was stopped
         self.mark("load")
         self.numbers = Numbers(self.folder, settings.train, mesh=mesh)
@@ -90,7 +67,7 @@ class Trainer:
             self.log.say(f"warning: going on from step {self.first_step}: {problem}")
         self.saver = Saver(self.folder / "ckpt", settings.checkpoint, mesh=mesh, say=self.log.say)
         self.ballot = Ballot(mesh.world, self.engine.device)
-        self.longest_s = 0.0  # of all steps
+        self.longest_s, self.warned = 0.0, False  # of all steps; whether it was said that a save takes too long
         self.held_out: dict[str, float] = {}
         self.judged = -1  # after which step
         self.defects: list[Defect] = []  # samples that others replaced
@@ -143,6 +120,7 @@ class Trainer:
                 return self._go_back(str(why))
             self.longest_s = max(self.longest_s, time.monotonic() - began)
             self.saver.poll()
+            self._warn_of_grace()
             done = step + 1
             (stopping,) = self.ballot.turn((bool(self._stop_reason()),))
             last = done == steps
@@ -175,7 +153,7 @@ class Trainer:
 
     def _go_back(self, why: str) -> int:
         """Become what the newest checkpoint has, and go on from there."""
-        self.meter.sums, self.defects, self.noticed, self.fed = {}, [], [], []
+        self.meter.sums, self.defects, self.noticed, self.spikes.fed = {}, [], [], []
         self.mark("load")
         first, problems = self._restore(None)
         self.log.rewind(first)
@@ -185,6 +163,16 @@ class Trainer:
 
     def _stop_reason(self) -> str:
         return self.outside.stop(pace_s=self.longest_s + self.saver.took_s)
+
+    def _warn_of_grace(self) -> None:
+        """Once it is known how long a save takes."""
+        pace, grace = self.longest_s + self.saver.took_s, self.outside.grace_s
+        if self.saver.took_s and not self.warned and pace > grace - SLACK_S:
+            self.warned = True
+            self.log.say(
+                f"warning: a step and a save take {pace:.0f} s, too long for a scheduler that kills {grace:.0f} s after its "
+                "SIGTERM: what was computed since the last checkpoint would be lost; let it signal earlier (KillWait, --signal)"
+            )
 
     def _restore(self, wanted: str | None) -> tuple[int, list[str]]:
         """Take up the state of the checkpoint that the run goes on from; its step, and what was wrong with newer ones."""
@@ -279,7 +267,7 @@ class Trainer:
         self.meter.add("flops", share * self.task.flops(batch.layout))
         self.defects += batch.defects
         if self.speaks_for_sample:
-            self.fed += [(batch.plan.step + 1, sample.key) for sample in batch.samples]
+            self.spikes.fed += [(batch.plan.step + 1, sample.key) for sample in batch.samples]
 
     def _report(self, done: int) -> None:
         """Reduce and write what was metered since the last report."""
@@ -333,16 +321,10 @@ class Trainer:
     def _tell_spikes(self, done: int, values: Mapping[str, float]) -> None:
         """A warning and an incident for each loss or gradient norm that leaps, with the samples that it may be from."""
         names = [player.learner.tag + kind for player in self.players for kind in ("loss", "gradient_norm")]
-        found = self.spikes.look({name: values[name] for name in names if name in values})
-        fed, self.fed = self.fed, []
-        if not broadcast_object(bool(found), self.mesh.world):
-            return
-        every = sorted(tuple(each) for mine in gather_objects(fed, self.mesh.world) for each in mine)
-        for spike in found:
-            # a loss is of all steps since the last report, a norm of its step alone
-            samples = every if spike.figure.endswith("loss") else [each for each in every if each[0] == done]
-            self.log.say(f"warning: step {done}: {spike}, {shown(samples)}")
-            self.numbers.note(done, {"kind": "spike", **spike._asdict(), "samples": samples[:NAMED], "action": "none"})
+        leaps = self.spikes.judge(done, {name: values[name] for name in names if name in values}, world=self.mesh.world)
+        for text, entry in leaps:
+            self.log.say(f"warning: step {done}: {text}")
+            self.numbers.note(done, entry)
 
     def _carried(self, name: str) -> int:
         """What an earlier start had metered and not reported."""
@@ -467,26 +449,6 @@ class Trainer:
 
     def _about(self) -> dict[str, Any]:
         return {"seed": self.settings.run.seed, **self.task.fingerprint()}
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a run comes from: the stages before it, the checkpoint that it is to go on from (None: the newest), and facts that
-    its checkpoints tell, such as its configuration and data."""
-
-    lineage: Lineage = field(default_factory=Lineage)
-    checkpoint: str | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-class DataLimits:
-    """What the trainer must know of the data: packs per rank and step, the token budget, and how much may be bad."""
-
-    judged_after = 100
-
-    def __init__(self, *, micro_steps: int, tokens_per_pack: int, max_bad_share: float) -> None:
-        self.micro_steps, self.tokens_per_pack, self.max_bad_share = micro_steps, tokens_per_pack, max_bad_share
-        self.samples = self.bad = 0
 
 
 def _due(done: int, every: int) -> bool:

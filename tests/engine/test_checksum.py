@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 
 from cogvideo_dist.engine import checksum as module
 from cogvideo_dist.engine.checksum import checksum, difference
-from cogvideo_dist.engine.numbers import INCIDENTS
 from cogvideo_dist.engine.trainer import DataLimits
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, build_mesh
 from cogvideo_dist.protocols import Batch, Loss
 from tests.engine.test_elastic import Way, losses, player_of
+from tests.engine.test_numbers import incidents
 from tests.engine.toys import PACKS, Case, Dealt, Noisy, Watched, committed
 from tests.ranks import run_ranks
 
@@ -129,7 +128,7 @@ def test_a_run_whose_ranks_have_drifted_ends_and_names_the_rank(tmp_path: Path) 
     assert messages[0].startswith("step 6: ")
     assert "of rank 2 (" in messages[0]
     assert "alike after step 3" in messages[0]
-    (incident,) = [json.loads(line) for line in (tmp_path / "watched" / INCIDENTS).read_text().splitlines()]
+    (incident,) = incidents(tmp_path / "watched")
     assert (incident["kind"], incident["ranks"], incident["step"]) == ("not alike", [2], 6)
     assert incident["parameter"] in messages[0]
     assert committed(tmp_path / "watched")[-1] == 4

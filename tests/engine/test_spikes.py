@@ -13,6 +13,7 @@ from torch import nn
 
 from cogvideo_dist.engine.ending import Stopped
 from cogvideo_dist.engine.manifest import read_manifest
+from cogvideo_dist.engine.outside import Outside
 from cogvideo_dist.engine.spikes import FEWEST, KEPT, Spikes
 from cogvideo_dist.engine.trainer import DataLimits
 from cogvideo_dist.parallel.mesh import ParallelMesh
@@ -61,7 +62,7 @@ def leapt(mesh: ParallelMesh, case: Case, folder: Path, bound: float, stop_after
 
     settings = replace(settings, log=replace(settings.log, spikes=bound))
     try:
-        Watched(settings, Leaping(), batches=Dealt(mesh), mesh=mesh, data_limits=limits, stop=stop).run()
+        Watched(settings, Leaping(), batches=Dealt(mesh), mesh=mesh, data_limits=limits, outside=Outside(stop)).run()
     except Stopped:
         return "stopped"
     return ""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -358,3 +360,16 @@ def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:
     assert learning_rate(train, 99) == pytest.approx(0.1)
     constant = replace(train, schedule="constant")
     assert [learning_rate(constant, step) for step in (3, 9, 99)] == [1.0, 1.0, 1.0]
+
+
+def slow_to_save(mesh: ParallelMesh, config: Settings) -> str:
+    limits = DataLimits(micro_steps=PACKS // mesh.dp.size, tokens_per_pack=2, max_bad_share=0.9)
+    outside = Outside(grace_s=5.001)
+    with redirect_stderr(io.StringIO()) as said:
+        Trainer(config, Slope(), batches=ToBe(mesh), mesh=mesh, data_limits=limits, outside=outside).run()
+    return said.getvalue()
+
+
+def test_a_save_that_takes_longer_than_a_scheduler_waits_is_told_once(tmp_path: Path) -> None:
+    (said,) = run_ranks(slow_to_save, 1, settings(tmp_path))
+    assert said.count("warning: a step and a save take") == 1

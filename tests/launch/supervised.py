@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ import torch
 from cogvideo_dist.config.watch import Watch
 from cogvideo_dist.engine.outside import Outside
 from cogvideo_dist.engine.trainer import DataLimits, Trainer
+from cogvideo_dist.parallel.agreement import check_alike
 from cogvideo_dist.parallel.mesh import Axis, ParallelMesh, Place, start
 from cogvideo_dist.parallel.ops import broadcast_object, reduce_sum
 from launch.environment import run_command
 from launch.pulse import Pulse, pulse_of_process
+from launch.stopping import Stopping
 from launch.supervise import SUPERVISED, Supervisor
 from launch.training import holding, noting_the_end
 from tests.engine.test_trainer import PACKS, Slope, ToBe, settings
@@ -56,6 +59,8 @@ class Scene:
     steps: int = 6
     fault: Fault = Fault("none", -1)
     limits: Watch = QUICK
+    pace_s: float = 0.0
+    """That every forward takes longer."""
     address: str = field(default_factory=lambda: f"127.0.0.1:{free_port()}")
 
 
@@ -77,6 +82,8 @@ class Outcome:
 def play(scene: Scene, *, meanwhile: Callable[[Scene], None] | None = None, timeout_s: float = 100.0) -> Outcome:
     """Run it to its end. ``meanwhile`` is called while it runs."""
     scene.folder.mkdir(parents=True, exist_ok=True)
+    for old in [*scene.folder.glob("running-*"), *scene.folder.glob("pid-*"), *scene.folder.glob("stderr-*")]:
+        old.unlink()
     processes = [_context.Process(target=_supervisor, args=(scene, rank), daemon=False) for rank in range(scene.ranks)]
     for process in processes:
         process.start()
@@ -117,9 +124,8 @@ def _supervisor(scene: Scene, rank: int) -> None:
     errors = os.open(scene.folder / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(errors, 2)
     sys.stderr = os.fdopen(errors, "w", buffering=1)
+    (scene.folder / f"supervisor-{rank}").write_text(str(os.getpid()))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(scene.ranks))
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        os.environ.setdefault(name, "0")
 
     def spawn(descriptors: tuple[int, int, int]) -> int:
         pid = os.fork()
@@ -156,15 +162,20 @@ def _rank(scene: Scene, rank: int) -> None:
     place = Place(rank, scene.ranks, rank, scene.address, scene.ranks)
     pulse.join(place, scene.folder, limits=scene.limits, meeting=scene.address.rpartition(":")[2])
     faulty("init")
-    mesh = start(place, device=torch.device("cpu"), timeout_s=1000)
-    faulty.mesh = mesh
-    faulty("build")
     config = settings(scene.folder, steps=scene.steps, save=2)
     config = replace(config, checkpoint=replace(config.checkpoint, asynchronous=False))
+    rate = config.train.learning_rate * (2 if faulty.other else 1)
+    facts = {"train.learning_rate": json.dumps(rate), "train.steps": json.dumps(scene.steps)}
+    stopping = Stopping()
+    stopping.listen()
+    mesh = start(place, device=torch.device("cpu"), timeout_s=1000, check=partial(check_alike, facts))
+    faulty.mesh = mesh
+    (scene.folder / f"running-{rank}").touch()
+    faulty("build")
     limits = DataLimits(micro_steps=PACKS // mesh.dp.size, tokens_per_pack=2, max_bad_share=0.9)
     with holding(scene.folder, mesh, job=""), noting_the_end(scene.folder, mesh, job=""):
         Trainer(
-            config, Slope(), batches=ToBe(mesh), mesh=mesh, data_limits=limits, outside=Outside(mark=faulty)
+            config, Slope(), batches=ToBe(mesh), mesh=mesh, data_limits=limits, outside=Outside(stopping.reason, faulty)
         ).run()  # fmt: skip
 
 
@@ -175,9 +186,12 @@ class Faulty:
         self.scene, self.fault, self.pulse = scene, scene.fault, pulse
         self.mesh: ParallelMesh | None = None
         self.rank = int(os.environ["RANK"])
+        self.other = False
 
     def __call__(self, phase: str, step: int = 0) -> None:
         self.pulse.mark(phase, step)
+        if phase == "forward":
+            time.sleep(self.scene.pace_s)
         fault = self.fault
         if (fault.rank, fault.phase) == (self.rank, phase) and step in (0, fault.step):
             (self.scene.folder / "fault").write_text(str(time.monotonic()))
@@ -211,6 +225,12 @@ class Faulty:
 
     def bad_input(self) -> None:
         raise ValueError("the input is bad\nin two lines")
+
+    def allocate(self) -> None:
+        torch.empty(2**50)
+
+    def other_rate(self) -> None:
+        self.other = True
 
     def another_order(self) -> None:
         """A collective that the other ranks do not do here."""

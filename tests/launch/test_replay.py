@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.parallel.mesh import ParallelMesh, Place, build_mesh
 from launch import train_dit
 from launch.training import Start
+from tests.engine.test_numbers import incidents
 from tests.launch.world import World, outcome, try_train
 from tests.ranks import run_ranks
 
@@ -45,7 +45,7 @@ def diverged(world: World) -> tuple[Path, int]:
     run = world.root / "diverged"
     ends = run_ranks(try_train, 2, world.file, world.overrides(run, *DIVERGES))
     assert [code for code, _, _ in ends] == [70, 70], ends[0][2]
-    (incident,) = [json.loads(line) for line in (run / "incidents.jsonl").read_text().splitlines()]
+    (incident,) = incidents(run)
     return run, incident["step"]
 
 
@@ -62,7 +62,7 @@ def test_a_step_is_looked_at_again_on_any_ranks(
     assert lines[0].split()[:3] == ["rank", "host", "what"]
     heads = [line.split() for line in lines[1:] if line[:4].strip().isdigit()]
     assert {int(words[0]) for words in heads} == set(range(ranks))
-    (incident,) = [json.loads(line) for line in (run / "incidents.jsonl").read_text().splitlines()]
+    (incident,) = incidents(run)
     known = {fault["module"] for account in incident["accounts"] for fault in account["faults"]}
     assert {words[-1] for words in heads} & known
     assert any(line.strip().startswith("in: float32 [") and line.endswith("% finite") for line in lines)

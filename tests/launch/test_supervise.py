@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
+import shutil
 import signal
+import socket
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,3 +174,66 @@ def _parent(pid: int) -> int:
 
 def _parent_is_supervisor(pid: int) -> bool:
     return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0] != b"sleep"
+
+
+def test_a_full_host_is_named(tmp_path: Path) -> None:
+    line = assert_over(play(Scene(tmp_path, fault=Fault("allocate", 1))), 76, 1)
+    assert "the host's memory is full" in line and "GiB at most" in line
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        outcome = play(Scene(tmp_path, address=f"127.0.0.1:{other.getsockname()[1]}"))
+    assert "is taken" in assert_over(outcome, 76, 0) if "rank 0" in outcome.said else "is taken" in outcome.lines[0]
+
+
+def test_ranks_whose_configuration_differs_are_refused(tmp_path: Path) -> None:
+    outcome = play(Scene(tmp_path, fault=Fault("other_rate", 1, "init")))
+    assert outcome.codes == [78, 78], outcome.said
+    assert len(outcome.lines) == 1
+    assert "train.learning_rate: 0.1 on rank 0, 0.2 on rank 1" in outcome.lines[0]
+    assert status(Scene(tmp_path))["code"] == 78
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(100, marks=pytest.mark.long)])
+def test_a_job_that_is_asked_to_stop_at_any_instant_loses_no_step(tmp_path: Path, count: int) -> None:
+    """SIGTERM to one rank or to all, at random: nothing that was computed is computed again."""
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"instants of seed {seed}")
+    draw = random.Random(seed)
+    whole, broken = (Scene(tmp_path / name, steps=60, pace_s=0.01) for name in ("whole", "broken"))
+    assert play(whole).codes == [0, 0]
+    stopped = runs = 0
+    while stopped < count:
+        ranks = draw.choice([[0], [1], [0, 1]])
+        wait = draw.uniform(0.0, 0.8)
+
+        def ask(scene: Scene, ranks: list[int] = ranks, wait: float = wait) -> None:
+            _until(lambda: len(list(scene.folder.glob("running-*"))) == scene.ranks)
+            time.sleep(wait)
+            for rank in ranks:
+                with suppress(ProcessLookupError):
+                    os.kill(int((scene.folder / f"supervisor-{rank}").read_text()), signal.SIGTERM)
+
+        outcome = play(broken, meanwhile=ask)
+        assert outcome.codes in ([75, 75], [0, 0]), outcome.said
+        assert alive(outcome) == []
+        stopped, runs = stopped + (outcome.codes[0] == 75), runs + 1
+        if outcome.codes[0] == 0:
+            assert logged(broken) == logged(whole)
+            assert all(start["lost"] == 0 for start in starts(broken)), "no step is made again"
+            shutil.rmtree(broken.folder)
+    print(f"{stopped} stops in {runs} starts")
+    if broken.folder.exists():
+        assert play(broken).codes == [0, 0]
+        assert logged(broken) == logged(whole)
+        assert all(start["lost"] == 0 for start in starts(broken))
+
+
+def logged(scene: Scene) -> list[tuple[float, ...]]:
+    lines = [json.loads(line) for line in (scene.folder / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["gradient_norm"]) for line in lines if "loss" in line]
+
+
+def starts(scene: Scene) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (scene.folder / "starts.jsonl").read_text().splitlines()]

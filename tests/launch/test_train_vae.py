@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -28,6 +27,7 @@ from launch.autoencoder import build_judges, build_vae
 from launch.compose import load_vae
 from launch.training import Start
 from tests.engine.saved_states import whole_states
+from tests.engine.test_numbers import incidents
 from tests.launch.world import World, outcome, read_log, steps_of
 from tests.ranks import run_ranks
 
@@ -300,7 +300,7 @@ def test_a_critic_that_goes_wrong_holds_the_autoencoder_back(
     """Neither is updated in that step, though all was finite of the autoencoder; on one process to the bit."""
     more = ["train.non_finite=skip", "checkpoint.every=1", "checkpoint.keep=9", f"train.zero_stage={stage}"]
     run_ranks(poisoned, 1, [file, contest], [f"run.dir={tmp_path}", *more])
-    (incident,) = [json.loads(line) for line in (tmp_path / "incidents.jsonl").read_text().splitlines()]
+    (incident,) = incidents(tmp_path)
     assert (incident["step"], incident["action"], incident["reproduced"]) == (5, "skip", False), "it strikes once"
     numbers = [read_manifest(tmp_path / "ckpt" / f"step-{step:06d}")["numbers"]["updates"] for step in (4, 5, 6)]
     assert numbers == [{"": 4, "critic": 1}, {"": 4, "critic": 1}, {"": 5, "critic": 2}]
