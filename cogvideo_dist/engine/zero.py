@@ -135,6 +135,7 @@ class Engine:
         self.updates = self.overflows = 0  # made so far; steps in a row that overflowed at fp16's least loss scale
         self._sound: Tensor | None = None  # 1, or NaN once a loss of this step is not finite
         self._norm: Tensor | None = None
+        self._known: dict[str, Any] = {}  # by ``pending_norm``, for DeepSpeed's step
         if self.scaler:
             self._ds.optimizer.loss_scaler.raise_error_at_min_scale = False  # whoever counts ``overflows`` ends the run
         self.shelf = Shelf(self.device) if train.offload.activations else None
@@ -199,13 +200,17 @@ class Engine:
             self._norm = self._gradient_norm()
             return self._norm
         if self.stage == 3:
-            return combine_grad_norm_groups(outer._get_norm_groups())
+            groups = outer._get_norm_groups()
+            self._known = {"_get_norm_groups": groups}
+            return combine_grad_norm_groups(groups)
         if isinstance(outer, BF16_Optimizer):
             grads, _ = outer.get_grads_for_norm()
             norm = get_global_norm_of_tensors(input_tensors=grads, mpu=outer.mpu, norm_type=outer.norm_type)
             return combine_grad_norm_groups([norm])  # which makes infinite what the other one made -1
         outer._wait_for_offload_copies()
-        return outer.scaled_global_norm()
+        norm = outer.scaled_global_norm()
+        self._known = {"scaled_global_norm": norm}
+        return norm
 
     def step(self, learning_rate: float) -> None:
         """End a micro-step; at the last one of a step clip by the global norm and update."""
@@ -215,14 +220,15 @@ class Engine:
         if self.stage == 0 and last:
             # Stage 0 clips without keeping the norm; gradients are reduced already.
             self.grad_norm = self._gradient_norm() if self._norm is None else self._norm
-        self._ds.step()
+        with _answering(self._ds.optimizer, self._known):
+            self._ds.step()
         if self.stage > 0:
             self.grad_norm = self._ds.get_global_grad_norm()
         if last:
             updated = self._ds.was_step_applied()
             self.updates += updated
             self.overflows = self.overflows + 1 if least and not updated else 0
-            self._sound = self._norm = None
+            self._forget_step()
 
     def discard(self) -> None:
         """End the last micro-step without an update: weights, moments, averages, their counts and the loss scale stay as they
@@ -233,7 +239,11 @@ class Engine:
         finally:
             self._inner.refuses = False
         self.scaler = scaler
+        self._forget_step()
+
+    def _forget_step(self) -> None:
         self._sound = self._norm = None
+        self._known = {}
 
     def _gradient_norm(self) -> Tensor:
         """Of the whole parameters' gradients: what tp ranks hold alike counts once."""
@@ -444,6 +454,18 @@ class Engine:
         if self.stage in (1, 2):
             self._ds.optimizer._hp_optimizer_states_linked = False
             self._ds.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@contextmanager
+def _answering(owner: Any, answers: Mapping[str, Any]) -> Iterator[None]:
+    """Within, these methods of ``owner`` have been answered already. A step would compute its norm a second time."""
+    for name, answer in answers.items():
+        setattr(owner, name, lambda answer=answer: answer)
+    try:
+        yield
+    finally:
+        for name in answers:
+            delattr(owner, name)
 
 
 def _copy(tensors: list[Tensor], into: Tensor) -> None:
