@@ -17,6 +17,7 @@ from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.parallel.ops import broadcast_object
 from cogvideo_dist.protocols import Task
 from launch.compose import RankData, refused_as_other_data, refused_as_other_run
+from launch.pulse import pulse_of_process
 
 SHOWN = 4
 """Inputs of a module, parameters and clips of a rank that are listed."""
@@ -28,7 +29,9 @@ def replay(config: DiTRun | VAERun, task: Task, *, data: RankData, mesh: Paralle
     if refusal := broadcast_object(refusal, mesh.world):
         raise ConfigError(refusal)
     folder = Path(config.run.dir)
-    found, accounts = Replay(config, task, batches=data, mesh=mesh, micro_steps=data.loader.micro_steps).look(step)
+    micro_steps, mark = data.loader.micro_steps, pulse_of_process().mark
+    again = Replay(config, task, batches=data, mesh=mesh, micro_steps=micro_steps, mark=mark)
+    found, accounts = again.look(step)
     if mesh.is_first:
         for line in table(accounts):
             print(line)

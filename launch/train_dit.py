@@ -33,7 +33,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     config = load_config(DiTRun, **split_config(options.config))
-    place = watched_place(config)
+    place = watched_place(config, replays=options.replay is not None)
     mesh, device = join(place, layout_of(config, place), facts=alike(config))
     pulse_of_process().mark("build")
     train(config, mesh, device=device, start=start_of(options))

@@ -30,7 +30,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     config = load_config(VAERun, **split_config(options.config))
-    place = watched_place(config)
+    place = watched_place(config, replays=options.replay is not None)
     mesh, device = join(place, layout_of(config, place.world), facts=alike(config))
     pulse_of_process().mark("build")
     train(config, mesh, device=device, start=start_of(options))

@@ -17,11 +17,12 @@ from cogvideo_dist.config.autoencoder import VAERun
 from cogvideo_dist.config.load import digest, plain
 from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.engine.ending import NoProgress
+from cogvideo_dist.engine.inputs import DataLimits, Origin
 from cogvideo_dist.engine.lease import Lease
 from cogvideo_dist.engine.lineage import FILE, Lineage
 from cogvideo_dist.engine.manifest import CheckpointError
 from cogvideo_dist.engine.outside import Outside
-from cogvideo_dist.engine.trainer import DataLimits, Origin, Trainer
+from cogvideo_dist.engine.trainer import Trainer
 from cogvideo_dist.evaluation.media import replacing
 from cogvideo_dist.parallel.agreement import check_alike
 from cogvideo_dist.parallel.mesh import ParallelMesh, Place
@@ -57,10 +58,12 @@ def start_of(options: argparse.Namespace) -> Start:
     return Start(options.new_data, options.checkpoint, options.replay, job_name(), stopping)
 
 
-def watched_place(config: DiTRun | VAERun) -> Place:
-    """This process's rank; from here on its supervisor is in touch with those of the others."""
-    place = read_place()
-    pulse_of_process().join(place, Path(config.run.dir), limits=config.watch, meeting=meeting_of(place))
+def watched_place(config: DiTRun | VAERun, *, replays: bool = False) -> Place:
+    """This process's rank; from here on its supervisor is in touch with those of the others. One that ``replays`` leaves the
+    run's folder alone: what is to be noted of it is noted beside."""
+    place, folder = read_place(), Path(config.run.dir)
+    folder = folder.with_name(f"{folder.name}.replay") if replays else folder
+    pulse_of_process().join(place, folder, limits=config.watch, meeting=meeting_of(place))
     return place
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cogvideo_dist.engine.outside import Mark, unwatched
 from cogvideo_dist.engine.player import Player
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.parallel.ops import gather_objects
@@ -31,7 +32,7 @@ order in which the backward came to them.
 
 def examine(
     players: Sequence[Player], packs: Sequence[Batch], *, mesh: ParallelMesh,
-    describe: Callable[[Batch], Sequence[Mapping[str, Any]]],
+    describe: Callable[[Batch], Sequence[Mapping[str, Any]]], mark: Mark = unwatched,
 ) -> list[Account]:  # fmt: skip
     """Every rank's account of a step: ``packs`` are its micro-steps, ``describe`` tells what was drawn for their samples.
 
@@ -40,7 +41,7 @@ def examine(
     faults: list[dict[str, Any]] = []
     for number, batch in enumerate(packs):
         for player in players:
-            faults += _faults(player, batch, micro_step=number)
+            faults += _faults(player, batch, micro_step=number, mark=mark)
         for player in players:
             if player.engine.at_boundary:
                 player.engine.discard()
@@ -51,10 +52,10 @@ def examine(
     return gather_objects(mine, mesh.world)
 
 
-def _faults(player: Player, batch: Batch, *, micro_step: int) -> list[dict[str, Any]]:
+def _faults(player: Player, batch: Batch, *, micro_step: int, mark: Mark) -> list[dict[str, Any]]:
     """None or one: of this rank's own loss or, if that is finite, of its own gradients."""
     with Probe(player.engine.model, player.engine.names) as probe:
-        loss = float(player.learn(batch).total.detach())
+        loss = float(player.learn(batch, mark).total.detach())
     place: dict[str, Any] = {"model": player.learner.name, "micro_step": micro_step}
     if not math.isfinite(loss):
         return [place | {"what": "loss", "value": str(loss), "parameters": [], **probe.output.plain()}]

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cogvideo_dist.engine.checkpoint import Stored
+from cogvideo_dist.engine.inputs import Batches, Settings
 from cogvideo_dist.engine.manifest import check_about
 from cogvideo_dist.engine.numbers import left_out_steps, update
+from cogvideo_dist.engine.outside import Mark, unwatched
 from cogvideo_dist.engine.player import Player, players_of
 from cogvideo_dist.engine.probing import Account, examine
 from cogvideo_dist.engine.restoring import restore_newest
-from cogvideo_dist.engine.trainer import Batches, Settings
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.protocols import Batch, Task
 
@@ -20,9 +21,17 @@ class Replay:
     """``settings`` are the run's; ``micro_steps``: packs of this rank in a step. Writes nothing."""
 
     def __init__(
-        self, settings: Settings, task: Task, *, batches: Batches, mesh: ParallelMesh, micro_steps: int
+        self,
+        settings: Settings,
+        task: Task,
+        *,
+        batches: Batches,
+        mesh: ParallelMesh,
+        micro_steps: int,
+        mark: Mark = unwatched,
     ) -> None:
         self.settings, self.task, self.batches, self.mesh = settings, task, batches, mesh
+        self.mark = mark
         self.folder, self.micro_steps = Path(settings.run.dir), micro_steps
         self.players = players_of(task, settings.train, mesh=mesh, micro_steps=micro_steps)
         self.left_out = left_out_steps(self.folder, mesh)
@@ -33,12 +42,13 @@ class Replay:
         first = self._restore(done - 1)
         batches = self.batches.iterate(first)
         for step in range(first, done - 1):
-            packs = self._packs(batches)
+            packs = self._packs(batches, step)
             if step + 1 not in self.left_out and not self._take(step, packs):
                 return step + 1, self._examine(step, packs)
-        return done, self._examine(done - 1, self._packs(batches))
+        return done, self._examine(done - 1, self._packs(batches, done - 1))
 
     def _restore(self, until: int) -> int:
+        self.mark("load")
         stored, _ = restore_newest(self.folder / "ckpt", self.mesh, restore=self._take_up, until=until)
         return stored.saved.step if stored else 0
 
@@ -50,7 +60,8 @@ class Replay:
         for player in self.players:
             player.restore(stored)
 
-    def _packs(self, batches: Iterator[Batch]) -> list[Batch]:
+    def _packs(self, batches: Iterator[Batch], step: int) -> list[Batch]:
+        self.mark("data", step + 1)
         return [next(batches) for _ in range(self.micro_steps)]
 
     def _learning(self, step: int) -> list[Player]:
@@ -61,7 +72,7 @@ class Replay:
         players = self._learning(step)
         for number, batch in enumerate(packs):
             for player in players:
-                player.learn(batch)
+                player.learn(batch, self.mark)
             if number + 1 < len(packs):
                 for player in players:
                     player.end_micro_step()
@@ -72,4 +83,4 @@ class Replay:
         return False
 
     def _examine(self, step: int, packs: Sequence[Batch]) -> list[Account]:
-        return examine(self._learning(step), packs, mesh=self.mesh, describe=self.task.describe)
+        return examine(self._learning(step), packs, mesh=self.mesh, describe=self.task.describe, mark=self.mark)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cogvideo_dist.config.schema import Checkpoint, Log, Run, Train, Validation
 from cogvideo_dist.engine.checkpoint import Stored, checkpoints
 from cogvideo_dist.engine.ending import Rewind, Stopped
 from cogvideo_dist.engine.flops import peak_flops
-from cogvideo_dist.engine.lineage import Lineage
+from cogvideo_dist.engine.inputs import Batches, DataLimits, Origin, Settings
 from cogvideo_dist.engine.log import Meter, RunLog, means, peak_memory
 from cogvideo_dist.engine.manifest import Saved, check_about
 from cogvideo_dist.engine.numbers import Numbers, update
@@ -26,44 +24,22 @@ from cogvideo_dist.engine.probing import examine
 from cogvideo_dist.engine.restoring import restore_newest
 from cogvideo_dist.engine.saving import Saver
 from cogvideo_dist.engine.spikes import NAMED, Spikes, shown
+from cogvideo_dist.engine.stragglers import Laps, Stragglers
 from cogvideo_dist.engine.zero import DEEPSPEED
 from cogvideo_dist.parallel.ballot import Ballot
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.parallel.ops import broadcast_object, gather_objects
+from cogvideo_dist.parallel.waiting import counting
 from cogvideo_dist.protocols import Batch, Defect, Task
-
-
-class Batches(Protocol):
-    """This rank's share of the data. ``held_out`` yields as many batches on every rank; a pack of weight 0 fills up."""
-
-    def iterate(self, first_step: int) -> Iterator[Batch]: ...
-
-    def held_out(self) -> Iterator[tuple[Batch, float]]: ...
-
-
-class Settings(Protocol):
-    """The sections of a run's configuration that the trainer reads."""
-
-    @property
-    def run(self) -> Run: ...
-    @property
-    def train(self) -> Train: ...
-    @property
-    def checkpoint(self) -> Checkpoint: ...
-    @property
-    def log(self) -> Log: ...
-    @property
-    def validation(self) -> Validation: ...
-
-
-Figure = tuple[str, Tensor | float, Tensor | float]
-"""Name, value and weight of what is to be metered."""
 
 SLACK_S = 5.0
 """That a save must be ready before a kill."""
 
 ELAPSED, LISTED = "elapsed", "listed"
 """Among what is not reported yet: seconds of steps, and samples that were replaced and used in part."""
+
+Figure = tuple[str, Tensor | float, Tensor | float]
+"""Name, value and weight of what is to be metered."""
 
 
 class Trainer:
@@ -76,10 +52,10 @@ class Trainer:
         self.settings, self.task, self.batches, self.mesh = settings, task, batches, mesh
         self.origin, self.samples = origin or Origin(), 0
         self.limits, self.outside = data_limits, outside or Outside()
-        self.mark = self.outside.mark
         self.folder = Path(settings.run.dir)
         self.players = players_of(task, settings.train, mesh=mesh, micro_steps=data_limits.micro_steps)
         self.engine = self.players[0].engine
+        self.laps, self.stragglers = Laps(self.engine.device), Stragglers(mesh.world)
         self.meter = Meter()
         self.spikes, self.fed = Spikes(settings.log.spikes), list[tuple[int, str]]()  # steps and samples of a report
         self.unreported: Mapping[str, Sequence[float]] = {}  # by an earlier start, which was stopped
@@ -106,7 +82,8 @@ class Trainer:
         """
         ended = False
         try:
-            self._run()
+            with counting(self.laps.waits):
+                self._run()
             self.mark("save")
             self.saver.end()
             ended = True
@@ -117,6 +94,11 @@ class Trainer:
             self.mark("end")
             self.saver.close(wait=ended)
             self.log.close()
+
+    def mark(self, phase: str, step: int = 0) -> None:
+        """What this rank is at from now on."""
+        self.laps.mark(phase)
+        self.outside.mark(phase, step)
 
     def _run(self) -> None:
         if self.first_step == 0:
@@ -172,6 +154,7 @@ class Trainer:
     def _go_back(self, why: str) -> int:
         """Become what the newest checkpoint has, and go on from there."""
         self.meter.sums, self.defects, self.noticed, self.fed = {}, [], [], []
+        self.mark("load")
         first, problems = self._restore(None)
         self.log.rewind(first)
         for text in (why, *problems):
@@ -231,6 +214,7 @@ class Trainer:
         if step + 1 not in self.numbers.left_out:
             for name, value, weight in learned:
                 self.meter.add(name, value, weight=weight)
+        self.laps.mark("between steps")
         self.numbers.taken(step + 1)
         self.numbers.check_alike(self.players, step + 1)
         self.meter.add("steps", 1.0)
@@ -263,7 +247,7 @@ class Trainer:
         sound = all(player.engine.loss_is_finite for player in players)
         for player in players:
             player.engine.discard()
-        accounts = examine(players, packs, mesh=self.mesh, describe=self.task.describe)
+        accounts = examine(players, packs, mesh=self.mesh, describe=self.task.describe, mark=self.mark)
         for account, finite in zip(accounts, gather_objects(sound, self.mesh.world)):
             account["loss_was_finite"] = finite
         self.numbers.wrong(step + 1, accounts, can_go_back=self._can_go_back())
@@ -311,6 +295,7 @@ class Trainer:
             "data/replaced_samples": replaced,
             "data/partial_samples": partial,
             "memory/peak_gib": max(gather_objects(peak_memory(device), self.mesh.world)) / 2**30,
+            **self._waited_for(done),
             **self._traffic(steps - self._carried("steps") / self.mesh.world.size),
             **averages,
         }
@@ -324,6 +309,14 @@ class Trainer:
         )
         self._tell_spikes(done, values)
         self._check_data(int(samples[0]), replaced)
+
+    def _waited_for(self, done: int) -> dict[str, float]:
+        """How far ranks are apart, and a warning and an incident for each that has become slow."""
+        figures, slow = self.stragglers.judge(self.laps.take())
+        for straggler in slow:
+            self.log.say(f"warning: step {done}: {straggler}")
+            self.numbers.note(done, {"kind": "straggler", **straggler._asdict(), "action": "none"})
+        return figures
 
     def _tell_spikes(self, done: int, values: Mapping[str, float]) -> None:
         """A warning and an incident for each loss or gradient norm that leaps, with the samples that it may be from."""
@@ -462,26 +455,6 @@ class Trainer:
 
     def _about(self) -> dict[str, Any]:
         return {"seed": self.settings.run.seed, **self.task.fingerprint()}
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a run comes from: the stages before it, the checkpoint that it is to go on from (None: the newest), and facts that
-    its checkpoints tell, such as its configuration and data."""
-
-    lineage: Lineage = field(default_factory=Lineage)
-    checkpoint: str | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-class DataLimits:
-    """What the trainer must know of the data: packs per rank and step, the token budget, and how much may be bad."""
-
-    judged_after = 100
-
-    def __init__(self, *, micro_steps: int, tokens_per_pack: int, max_bad_share: float) -> None:
-        self.micro_steps, self.tokens_per_pack, self.max_bad_share = micro_steps, tokens_per_pack, max_bad_share
-        self.samples = self.bad = 0
 
 
 def _due(done: int, every: int) -> bool:

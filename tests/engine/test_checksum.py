@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from cogvideo_dist.engine import checksum as module
 from cogvideo_dist.engine.checksum import checksum, difference
+from cogvideo_dist.engine.inputs import DataLimits
 from cogvideo_dist.engine.numbers import INCIDENTS
-from cogvideo_dist.engine.trainer import DataLimits
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, build_mesh
 from cogvideo_dist.protocols import Batch, Loss
 from tests.engine.test_elastic import Way, losses, player_of

@@ -14,10 +14,10 @@ import pytest
 from torch import Tensor, nn
 
 from cogvideo_dist.engine.ending import Stopped
+from cogvideo_dist.engine.inputs import DataLimits
 from cogvideo_dist.engine.manifest import read_manifest
 from cogvideo_dist.engine.numbers import INCIDENTS, LEFT_OUT, OVERFLOWS
 from cogvideo_dist.engine.outside import Outside
-from cogvideo_dist.engine.trainer import DataLimits
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.protocols import Batch, Loss
 from tests.engine.toys import PACKS, RIVAL_START, Case, Dealt, Noisy, Watched, committed, witness
