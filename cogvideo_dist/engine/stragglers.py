@@ -1,8 +1,8 @@
 """Which rank the others wait for.
 
 Ranks that meet in every step all take the same time for it; what differs is how much of that each waits. So a rank's own time
-is that of its phases less what its host was blocked in collectives. On a GPU, whose collectives do not block the host, phases
-are timed on the device: there a phase without collectives shows a slow one (the forward under ZeRO 0 to 2, ranks that share no
+is that of its phases less what its host was blocked in collectives. On a GPU, whose collectives do not block the host, they are
+timed on the device: there a phase without collectives shows a slow one (the forward under ZeRO 0 to 2, ranks that share no
 sample), one with collectives shows the slowest rank's time on all.
 """
 

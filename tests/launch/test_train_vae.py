@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -17,6 +18,7 @@ from diffusers import AutoencoderKLCogVideoX
 from cogvideo_dist.config.autoencoder import VAERun
 from cogvideo_dist.config.load import ConfigError, load_config
 from cogvideo_dist.engine.checkpoint import newest
+from cogvideo_dist.engine.manifest import read_manifest
 from cogvideo_dist.engine.zero import Engine
 from cogvideo_dist.models.critic import Critic
 from cogvideo_dist.models.vae import VAE
@@ -24,6 +26,7 @@ from cogvideo_dist.parallel.mesh import ParallelMesh, build_mesh
 from launch import convert, train_vae
 from launch.autoencoder import build_judges, build_vae
 from launch.compose import load_vae
+from launch.training import Start
 from tests.engine.saved_states import whole_states
 from tests.launch.world import World, outcome, read_log, steps_of
 from tests.ranks import run_ranks
@@ -271,3 +274,58 @@ def test_its_export_is_a_public_autoencoder(monkeypatch: pytest.MonkeyPatch, run
     video = torch.rand(1, 3, 9, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         assert (ours.encode(video).mean - theirs.encode(video).latent_dist.mean).abs().max() < 1e-4
+
+
+def poisoned(mesh: ParallelMesh, files: list[Path], overrides: list[str]) -> None:
+    """``train``, in which the critic's first gradient of step 5, its second, has an infinity on the last rank."""
+    build, calls = train_vae.build_judges, count()
+
+    def bad(gradient: torch.Tensor) -> torch.Tensor:
+        strikes = next(calls) == 2 and mesh.world.rank == mesh.world.size - 1
+        return gradient * math.inf if strikes else gradient
+
+    def judges(*arguments: Any, **options: Any) -> Any:
+        built = build(*arguments, **options)
+        next(built.critic.parameters()).register_hook(bad)
+        return built
+
+    train_vae.build_judges = judges  # the process is this rank's own
+    train(mesh, files, overrides)
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])
+def test_a_critic_that_goes_wrong_holds_the_autoencoder_back(
+    file: Path, contest: Path, tmp_path: Path, stage: int
+) -> None:
+    """Neither is updated in that step, though all was finite of the autoencoder; on one process to the bit."""
+    more = ["train.non_finite=skip", "checkpoint.every=1", "checkpoint.keep=9", f"train.zero_stage={stage}"]
+    run_ranks(poisoned, 1, [file, contest], [f"run.dir={tmp_path}", *more])
+    (incident,) = [json.loads(line) for line in (tmp_path / "incidents.jsonl").read_text().splitlines()]
+    assert (incident["step"], incident["action"], incident["reproduced"]) == (5, "skip", False), "it strikes once"
+    numbers = [read_manifest(tmp_path / "ckpt" / f"step-{step:06d}")["numbers"]["updates"] for step in (4, 5, 6)]
+    assert numbers == [{"": 4, "critic": 1}, {"": 4, "critic": 1}, {"": 5, "critic": 2}]
+    states = [whole_states(tmp_path / "ckpt" / f"step-{step:06d}") for step in (4, 5)]
+    assert states[0].keys() == states[1].keys()
+    for kind, tensors in states[0].items():
+        assert all(torch.equal(tensor, states[1][kind][name]) for name, tensor in tensors.items()), kind
+
+
+def replayed(mesh: ParallelMesh, files: list[Path], overrides: list[str], step: int) -> tuple[int, str, str]:
+    """What ``train_vae.py --replay STEP`` comes to."""
+
+    def main() -> None:
+        config = load_config(VAERun, files, overrides=overrides)
+        own = build_mesh(train_vae.layout_of(config, mesh.world.size), rank=mesh.world.rank)
+        train_vae.train(config, own, device=torch.device("cpu"), start=Start(replay=step))
+
+    return outcome("train_vae", main)
+
+
+def test_a_step_with_a_critic_is_replayed(file: Path, contest: Path, undisturbed: Path) -> None:
+    """From the checkpoint before it, split in time as it was."""
+    before = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()}
+    overrides = [f"run.dir={undisturbed}", "parallel.cp=2", "checkpoint.every=1", "checkpoint.keep=9"]
+    found = run_ranks(replayed, 2, [file, contest], overrides, 5)
+    assert [code for code, _, _ in found] == [0, 0]
+    assert "step 5 is finite on every rank this time" in found[0][1]
+    assert {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()} == before
