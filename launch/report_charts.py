@@ -19,7 +19,7 @@ from launch.report_curves import Points, Rows
 SIDE = 10_000
 WIDE, NARROW = (1090, 300), (530, 230)
 """Pixels of a chart: width, height."""
-LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 78, 12, 10, 26
 """Pixels around its plot."""
 EDGE = 40
 """Pixels at the right in which a step's text ends where it stands, since there is no room behind it."""

@@ -185,7 +185,8 @@ class Supervisor:
     def _join(self, place: dict[str, Any]) -> None:
         self.rank.number, self.folder = place["rank"], Path(place["folder"])
         if place["rank"] == 0:
-            self.hub = Hub(self.name, place, selector=self.selector)
+            with suppress(OSError):  # of a folder that cannot be written, which the rank is about to say
+                self.hub = Hub(self.name, place, selector=self.selector)
         self.member = Member(place, pid=self.rank.pid, selector=self.selector)
 
     def _turn_links(self) -> None:

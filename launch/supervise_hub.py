@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import json
 import os
+import resource
 import secrets
 import selectors
 import socket
@@ -224,7 +225,7 @@ class Hub:
     settled: Failure | None = None
 
     def __post_init__(self) -> None:
-        self.strangers: list[Line] = []
+        self.strangers: dict[Line, float] = {}  # since when
         self.standing: dict[int, dict[str, Any]] = {}
         self.asked = self.heard = 0.0
         self.said = False
@@ -242,7 +243,7 @@ class Hub:
         return gone or (self.settled is not None and time.monotonic() > self.until)
 
     def turn(self) -> None:
-        for line in self.strangers[:]:
+        for line in list(self.strangers):
             self._meet(line)
         for each in list(self.known.values()):
             self._hear(each)
@@ -295,7 +296,9 @@ class Hub:
             each.line.say(end={"rank": first.rank, "text": first.text, "code": first.code, "grace_s": grace})
 
     def _listen(self) -> socket.socket:
-        """Listen, and say where in the run's folder."""
+        """Listen, and say where in the run's folder. Every supervisor takes a file descriptor here."""
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         elsewhere = self.place["world"] > self.place["node"]
         host = self.place["address"].rpartition(":")[0].strip("[]") if elsewhere else "127.0.0.1"
         try:
@@ -316,14 +319,17 @@ class Hub:
     def _accept(self) -> None:
         with suppress(OSError):
             connection, _ = self.listener.accept()
-            self.strangers.append(Line(connection, self.selector))
+            self.strangers[Line(connection, self.selector)] = time.monotonic()
 
     def _meet(self, line: Line) -> None:
         """Hear who somebody is; whoever does not know the word is not heard."""
         messages = line.read()
-        if messages or not line.open:
-            self.strangers.remove(line)
+        late = time.monotonic() - self.strangers[line] > WELCOME_S
+        if messages or late or not line.open:
+            del self.strangers[line]
         if not messages:
+            if late:
+                line.close()
             return
         hello, *rest = messages
         said = hello.get("hello", {})

@@ -17,7 +17,7 @@ from cogvideo_dist.config.autoencoder import VAERun
 from cogvideo_dist.config.load import digest, plain
 from cogvideo_dist.config.schema import DiTRun
 from cogvideo_dist.engine.ending import NoProgress
-from cogvideo_dist.engine.given import DataLimits, Origin
+from cogvideo_dist.engine.inputs import DataLimits, Origin
 from cogvideo_dist.engine.lease import Lease
 from cogvideo_dist.engine.lineage import FILE, Lineage
 from cogvideo_dist.engine.manifest import CheckpointError

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cogvideo_dist.engine.checkpoint import Stored
-from cogvideo_dist.engine.given import Batches, Settings
+from cogvideo_dist.engine.inputs import Batches, Settings
 from cogvideo_dist.engine.manifest import check_about
 from cogvideo_dist.engine.numbers import left_out_steps, update
 from cogvideo_dist.engine.outside import Mark, unwatched

@@ -14,7 +14,7 @@ from torch import Tensor
 from cogvideo_dist.engine.checkpoint import Stored, checkpoints
 from cogvideo_dist.engine.ending import Rewind, Stopped
 from cogvideo_dist.engine.flops import peak_flops
-from cogvideo_dist.engine.given import Batches, DataLimits, Origin, Settings
+from cogvideo_dist.engine.inputs import Batches, DataLimits, Origin, Settings
 from cogvideo_dist.engine.log import Meter, RunLog, means, peak_memory
 from cogvideo_dist.engine.manifest import Saved, check_about
 from cogvideo_dist.engine.numbers import Numbers, update
@@ -32,14 +32,14 @@ from cogvideo_dist.parallel.ops import broadcast_object, gather_objects
 from cogvideo_dist.parallel.waiting import counting
 from cogvideo_dist.protocols import Batch, Defect, Task
 
-Figure = tuple[str, Tensor | float, Tensor | float]
-"""Name, value and weight of what is to be metered."""
-
 SLACK_S = 5.0
 """That a save must be ready before a kill."""
 
 ELAPSED, LISTED = "elapsed", "listed"
 """Among what is not reported yet: seconds of steps, and samples that were replaced and used in part."""
+
+Figure = tuple[str, Tensor | float, Tensor | float]
+"""Name, value and weight of what is to be metered."""
 
 
 class Trainer:

@@ -36,6 +36,10 @@ written() {
 }
 
 run_ranks() { # COMMAND...: sets CODE
+  if [[ -n $SLURM_JOB_NUM_NODES && -n $SLURM_NTASKS_PER_NODE ]]; then
+    # SLURM_NTASKS is still that of the submission where somebody has given the waiting job other nodes.
+    SRUN_OPTIONS+=(--ntasks=$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE)))
+  fi
   (trap - TERM USR1 && exec srun "${SRUN_OPTIONS[@]}" -- "${INSIDE[@]}" "$@") &
   STEP=$!
   if [[ -n $ASKED ]]; then

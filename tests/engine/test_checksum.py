@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cogvideo_dist.engine import checksum as module
 from cogvideo_dist.engine.checksum import checksum, difference
-from cogvideo_dist.engine.trainer import DataLimits
+from cogvideo_dist.engine.inputs import DataLimits
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, build_mesh
 from cogvideo_dist.protocols import Batch, Loss
 from tests.engine.test_elastic import Way, losses, player_of

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cogvideo_dist.config.schema import Offload, Train
+from cogvideo_dist.engine.inputs import DataLimits
 from cogvideo_dist.engine.offload import LEAST, Shelf, Ticket
-from cogvideo_dist.engine.trainer import DataLimits, Trainer
+from cogvideo_dist.engine.trainer import Trainer
 from cogvideo_dist.engine.zero import Engine
 from cogvideo_dist.models.dit import DiT, Recompute
 from cogvideo_dist.models.presets import tiny

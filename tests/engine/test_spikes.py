@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from cogvideo_dist.engine.ending import Stopped
+from cogvideo_dist.engine.inputs import DataLimits
 from cogvideo_dist.engine.manifest import read_manifest
 from cogvideo_dist.engine.outside import Outside
 from cogvideo_dist.engine.spikes import FEWEST, KEPT, Spikes
-from cogvideo_dist.engine.trainer import DataLimits
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.protocols import Batch, Loss
 from tests.engine.test_numbers import incidents

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from cogvideo_dist.config.schema import Checkpoint, Log, Run, Train, Validation
 from cogvideo_dist.engine.checkpoint import newest
 from cogvideo_dist.engine.ending import Stopped
+from cogvideo_dist.engine.inputs import DataLimits
 from cogvideo_dist.engine.log import Meter, RunLog, means
 from cogvideo_dist.engine.optim import learning_rate
 from cogvideo_dist.engine.outside import Outside
-from cogvideo_dist.engine.trainer import DataLimits, Trainer
+from cogvideo_dist.engine.trainer import Trainer
 from cogvideo_dist.pack.layout import Clip, PackLayout
 from cogvideo_dist.parallel.mesh import Axis, ParallelMesh
 from cogvideo_dist.protocols import Batch, Defect, Learner, Loss, Picture, Sample, Slot, StepPlan

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from cogvideo_dist.config.schema import Checkpoint, Log, Run, Train, Validation
 from cogvideo_dist.engine.checkpoint import Stored, checkpoints
+from cogvideo_dist.engine.inputs import DataLimits, Origin
 from cogvideo_dist.engine.manifest import CheckpointError
 from cogvideo_dist.engine.player import Player
-from cogvideo_dist.engine.trainer import DataLimits, Origin, Trainer
+from cogvideo_dist.engine.trainer import Trainer
 from cogvideo_dist.pack.layout import Clip, PackLayout
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.parallel.ops import gather_objects

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +76,9 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """That of a user who logs in: no job and no launcher around him."""
         kept = {name: value for name, value in environment().items() if not name.startswith(("SLURM_", "SBATCH_"))}
-        return {**kept, "PATH": os.pathsep.join([kept["PATH"], PATH]), "SLURM_CONF": str(self.root / "slurm.conf")}
+        path = os.pathsep.join([kept["PATH"], PATH])
+        # Both nodes have the same cores: a thread that spins while it waits takes them from the other one's ranks.
+        return {**kept, "PATH": path, "SLURM_CONF": str(self.root / "slurm.conf"), "OMP_WAIT_POLICY": "PASSIVE"}
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """A command of Slurm's, which answers or fails in a bounded time."""
@@ -117,18 +119,40 @@ class Cluster:
         self.wait(job, "PENDING", restarts=1)
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
 
+    def lose(self, node: str) -> None:
+        """Its jobs' processes die without a word, and the controller holds it for down."""
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+        for process in self.processes():
+            if b"SLURMD_NODENAME=" + node.encode() in _read(process, "environ").split(b"\0"):
+                _kill(process)
+
+    def bring_back(self, node: str) -> None:
+        """When nothing is left on it: where an earlier step registers again, Slurm ends that of the job's next attempt, too."""
+        spool = self.root / f"spool-{node}"
+        until(lambda: {} if [*spool.glob(f"{node}_*")] else {"empty": "yes"}, what=f"no steps on {node}")
+        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+
     def processes(self, *parts: str) -> list[int]:
         """Processes of this cluster whose command line holds all ``parts``."""
-        mark, found = f"SLURM_CONF={self.root / 'slurm.conf'}\0".encode(), []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                ours = mark in (folder / "environ").read_bytes() + b"\0"
-                line = (folder / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue  # gone, or somebody else's
-            if ours and all(part in line for part in parts):
-                found.append(int(folder.name))
+        mark, found = f"SLURM_CONF={self.root / 'slurm.conf'}".encode(), []
+        for process in [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]:
+            line = _read(process, "cmdline").decode(errors="replace")
+            if mark in _read(process, "environ").split(b"\0") and all(part in line for part in parts):
+                found.append(process)
         return found
+
+
+def _read(process: int, name: str) -> bytes:
+    """A file of /proc; nothing where the process is gone, or somebody else's."""
+    try:
+        return Path(f"/proc/{process}/{name}").read_bytes()
+    except OSError:
+        return b""
+
+
+def _kill(process: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
 
 
 def until(
@@ -231,8 +255,7 @@ def _stop(cluster: Cluster, daemons: Sequence[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             daemon.kill()
             daemon.wait()
-    for process in cluster.processes():
-        try:
-            os.kill(process, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    while left := cluster.processes():
+        for process in left:
+            _kill(process)
+        time.sleep(0.02)

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from cogvideo_dist.config.watch import Watch
+from cogvideo_dist.engine.inputs import DataLimits
 from cogvideo_dist.engine.outside import Outside
-from cogvideo_dist.engine.trainer import DataLimits, Trainer
+from cogvideo_dist.engine.trainer import Trainer
 from cogvideo_dist.parallel.agreement import check_alike
 from cogvideo_dist.parallel.mesh import Axis, ParallelMesh, Place, start
 from cogvideo_dist.parallel.ops import broadcast_object, reduce_sum

@@ -69,7 +69,8 @@ def test_every_figure_is_drawn_and_nothing_is_asked_of_a_network(browser: Browse
     assert titles[:2] == ["Training loss", "Held-out loss"] and len(titles) >= 16
     outside = browser.evaluate(
         "[...document.querySelectorAll('figure.chart > svg')].flatMap(svg => [...svg.querySelectorAll('.axes text')].filter("
-        "t => t.getBoundingClientRect().right > svg.getBoundingClientRect().right + 1).map(t => t.textContent))"
+        "t => t.getBoundingClientRect().right > svg.getBoundingClientRect().right + 1 || "
+        "t.getBoundingClientRect().left < svg.getBoundingClientRect().left - 1).map(t => t.textContent))"
     )
     assert outside == [], "texts that are cut"
     assert all(width > 300 for title, width, _ in drawn), drawn

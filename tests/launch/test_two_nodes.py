@@ -9,18 +9,20 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from tests.launch.commands import FREQUENT, ROOT, SCRIPT, TIMEOUT_S, environment
+from tests.launch.commands import FREQUENT, ROOT, SCRIPT, environment
 from tests.launch.slurm_cluster import PATH, until
 from tests.launch.test_train import assert_same_losses
 from tests.launch.world import World
 from tests.ranks import free_port
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+
+LIMIT_S = 400.0
 
 PROGRAMS = ("pdsh", "ssh", "sshd", "ssh-keygen")
 PACKAGES = "pdsh openssh-client openssh-server"
@@ -99,32 +101,28 @@ def answers(host: str, ours: dict[str, str]) -> dict[str, str]:
     return {"answers": host} if done.returncode == 0 else {}
 
 
-def finished(commands: Sequence[Sequence[str]], ours: dict[str, str], *, mark: Path) -> None:
+def finished(commands: Sequence[Sequence[str]], ours: dict[str, str], *, folder: Path, mark: Path) -> None:
     """Run them to their ends at the same time; afterwards nothing is left that has ``mark`` in its command line."""
-    processes = [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=ours, start_new_session=True
-        )
-        for command in commands
-    ]  # fmt: skip
+    outputs, processes = [folder / f"{number}.out" for number in range(len(commands))], list[subprocess.Popen[bytes]]()
     try:
-        for process in processes:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
-            assert process.returncode == 0, output
+        for command, output in zip(commands, outputs):
+            with output.open("wb") as out:
+                processes.append(
+                    subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT, env=ours, start_new_session=True)
+                )
+        for process, output in zip(processes, outputs):
+            assert process.wait(timeout=LIMIT_S) == 0, output.read_text(errors="replace")
     finally:
         for process in processes:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)  # DeepSpeed answers others by ending ranks of strangers, too
                 process.wait()
         for path in Path("/proc").glob("[0-9]*/cmdline"):  # ranks that sshd started
-            try:
+            with suppress(OSError):  # gone
                 if str(mark).encode() in path.read_bytes():
                     os.kill(int(path.parent.name), signal.SIGKILL)
-            except OSError:
-                continue  # gone
 
 
-@pytest.mark.long
 @pytest.mark.skipif(bool(lacking()), reason=lacking())
 def test_deepspeed_starts_ranks_over_pdsh_and_ssh(world: World, whole: Path, tmp_path: Path) -> None:
     run = world.root / "over pdsh"
@@ -133,17 +131,15 @@ def test_deepspeed_starts_ranks_over_pdsh_and_ssh(world: World, whole: Path, tmp
     where = ["--hostfile", str(hostfile), "--master_addr", HOSTS[0], "--master_port", str(free_port())]
     command = [str(Path(sys.executable).parent / "deepspeed"), *where, SCRIPT, "--config", str(world.file)]
     with secure_shell(tmp_path) as ours:
-        finished([[*command, *world.overrides(run, *FREQUENT)]], ours, mark=run)
+        finished([[*command, *world.overrides(run, *FREQUENT)]], ours, folder=tmp_path, mark=run)
     assert_same_losses(run, whole)
 
 
-@pytest.mark.long
-def test_torchrun_joins_two_nodes(world: World, whole: Path) -> None:
+def test_torchrun_joins_two_nodes(world: World, whole: Path, tmp_path: Path) -> None:
     run = world.root / "two torchruns"
     where = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", HOSTS[0], "--master_port", str(free_port())]
-    commands = [
-        [sys.executable, "-m", "torch.distributed.run", *where, "--node_rank", str(node), SCRIPT, "--config", str(world.file)]
-        for node in range(2)
-    ]  # fmt: skip
-    finished([[*command, *world.overrides(run, *FREQUENT)] for command in commands], environment(), mark=run)
+    launcher = [sys.executable, "-m", "torch.distributed.run", *where]
+    command = [SCRIPT, "--config", str(world.file), *world.overrides(run, *FREQUENT)]
+    nodes = [[*launcher, "--node_rank", str(node), *command] for node in range(2)]
+    finished(nodes, environment(), folder=tmp_path, mark=run)
     assert_same_losses(run, whole)

@@ -1,4 +1,4 @@
-"""What a run is given: its settings, its data, and where it comes from."""
+"""What a trainer is given: settings, batches, where the run comes from."""
 
 from __future__ import annotations
 
