@@ -35,6 +35,10 @@ class StepPlan:
     costs: tuple[int, ...] = ()
 
 
+class TooManyDefects(ValueError):
+    """More of the data cannot be used than a run puts up with."""
+
+
 @dataclass(frozen=True)
 class Defect:
     """A sample that could not be used as planned, or not whole: what was wrong and, if something took its place, what.

@@ -24,6 +24,7 @@ from cogvideo_dist.engine.ending import NoProgress, OutOfMemory, Stopped
 from cogvideo_dist.engine.manifest import CheckpointError, SaveError
 from cogvideo_dist.parallel.agreement import check_alike
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, Place, start
+from cogvideo_dist.protocols import TooManyDefects
 from launch.pulse import pulse_of_process
 from launch.slurm.place import integer, place_of, read_task, refuse_contradiction
 from launch.supervise import PATIENCE_S, rank_of_environment
@@ -32,10 +33,21 @@ from launch.supervise_verdict import GONE
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 NAMES = (*RANKS, "MASTER_ADDR", "MASTER_PORT")
 
-REFUSED, NON_FINITE, UNSAVED, STOPPED, TRANSIENT, NO_PROGRESS, INTERRUPTED, FAILED = 78, 70, 74, 75, 76, 93, 130, 1
+REFUSED, NON_FINITE, UNSAVED, STOPPED, TRANSIENT, NO_PROGRESS, DATA, INTERRUPTED, FAILED = (
+    78,
+    70,
+    74,
+    75,
+    76,
+    93,
+    65,
+    130,
+    1,
+)
 """Exit codes: the configuration or checkpoint cannot be run; loss not finite, or a device's memory too small; checkpoints
 cannot be written; stopped as asked and saved; the storage does not answer, or workers or ranks die, so that the same command
-may well succeed later; restarts that get nowhere; Ctrl-C; any other error of the user's input."""
+may well succeed later; restarts that get nowhere; too much of the data cannot be used; Ctrl-C; any other error of the
+user's input."""
 
 LOST = re.compile(
     r"(closed|reset) by peer|Broken pipe|timed out (waiting|after)|NCCL|connection refused", re.IGNORECASE
@@ -296,7 +308,7 @@ def _says(error: BaseException, what: str) -> bool:
 CODES: tuple[tuple[type[BaseException], int], ...] = (
     (KeyboardInterrupt, INTERRUPTED), (Stopped, STOPPED), (ConfigError, REFUSED), (CheckpointError, REFUSED),
     (FloatingPointError, NON_FINITE), (SaveError, UNSAVED),
-    (NoProgress, NO_PROGRESS), (OutOfMemory, NON_FINITE), (MemoryError, TRANSIENT),
+    (TooManyDefects, DATA), (NoProgress, NO_PROGRESS), (OutOfMemory, NON_FINITE), (MemoryError, TRANSIENT),
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from cogvideo_dist.data.reading import Array, Cut
 from cogvideo_dist.data.shards import DataError, ShardReader
 from cogvideo_dist.data.storage import Store
 from cogvideo_dist.pack.layout import PackLayout
-from cogvideo_dist.protocols import Batch, Defect, Geometry, Sample, Slot, StepPlan
+from cogvideo_dist.protocols import Batch, Defect, Geometry, Sample, Slot, StepPlan, TooManyDefects
 from cogvideo_dist.rng import fold
 
 AHEAD = 4
@@ -245,7 +245,7 @@ class Loader:
             others = others or self.plan.substitutes(slot)
             other = next(others, None)
             if other is None:
-                raise ValueError(
+                raise TooManyDefects(
                     f"none of the {len(failed)} clips of size {list(slot.size)} can be read; the first: {failed[0]}"
                 )
             (read,) = self._ask([(slot, other)])

@@ -30,7 +30,7 @@ from cogvideo_dist.parallel.ballot import Ballot
 from cogvideo_dist.parallel.mesh import ParallelMesh
 from cogvideo_dist.parallel.ops import broadcast_object, gather_objects
 from cogvideo_dist.parallel.waiting import counting
-from cogvideo_dist.protocols import Batch, Defect, Task
+from cogvideo_dist.protocols import Batch, Defect, Task, TooManyDefects
 
 SLACK_S = 5.0
 """That a save must be ready before a kill."""
@@ -377,7 +377,7 @@ class Trainer:
             self.limits.samples >= self.limits.judged_after
             and self.limits.bad > self.limits.max_bad_share * self.limits.samples
         ):
-            raise ValueError(
+            raise TooManyDefects(
                 f"{self.limits.bad} of {self.limits.samples} samples could not be read, more than data.max_bad_share "
                 f"{self.limits.max_bad_share}; they are listed in {self.folder / 'data_report.jsonl'}"
             )

@@ -154,7 +154,10 @@ def prepared(root: Path, contents: Sequence[str], *, before: Sequence[str] = ())
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(("a", "bad"), ("new", "a")), pytest.param(CLIPS[:6], ("new", *CLIPS[1:6]), marks=pytest.mark.long)],
+    [
+        pytest.param(("a", "bad"), ("new", "a"), marks=pytest.mark.long),
+        pytest.param(CLIPS[:6], ("new", *CLIPS[1:6]), marks=pytest.mark.long),
+    ],
 )
 def test_an_update_killed_at_any_operation_is_completed_too(
     tmp_path: Path, before: tuple[str, ...], after: tuple[str, ...]

@@ -119,6 +119,7 @@ def bytes_of_moments(optimizer: AdamWithEma) -> int:
     return wide + sum(one.bytes for moments in getattr(optimizer, "packed", {}).values() for one in moments.values())
 
 
+@pytest.mark.long
 def test_training_follows_adamw_with_a_quarter_of_the_bytes() -> None:
     """Over 150 steps in which the loss falls by half, every loss within 3 % of AdamW's and their mean within 0.3 %."""
     expected, plain = curve(replace(LOW, optimizer="adamw", learning_rate=2e-3), 150)

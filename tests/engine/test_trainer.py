@@ -324,7 +324,7 @@ def test_too_many_replaced_samples_end_the_run_on_every_rank(tmp_path: Path, ran
     assert (
         messages
         == [
-            "ValueError: 2 of 4 samples could not be read, more than data.max_bad_share 0.3; they are listed in "
+            "TooManyDefects: 2 of 4 samples could not be read, more than data.max_bad_share 0.3; they are listed in "
             f"{tmp_path / 'data_report.jsonl'}"
         ]
         * ranks

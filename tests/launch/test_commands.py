@@ -73,7 +73,9 @@ def test_pictures_are_made_from_prompts(trained: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("layout", ["parallel.sp=1", "parallel.tp=2", "parallel.sp=2"])
+@pytest.mark.parametrize(
+    "layout", ["parallel.sp=2", *(pytest.param(f"parallel.{one}", marks=pytest.mark.long) for one in ("sp=1", "tp=2"))]
+)
 def test_pictures_under_stage_3_on_two_ranks_are_those_of_one(world: World, trained: Path, layout: str) -> None:
     run = world.root / f"pictures-3-{layout}"
     changes = (

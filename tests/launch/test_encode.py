@@ -270,7 +270,8 @@ def test_a_folder_that_is_something_else_is_refused(world: World) -> None:
     assert tree(world.root / "shards") == before
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_ranks_of_a_launcher_are_workers(world: World, made: Path, launcher: str) -> None:
     out = made.with_name("ranks")
     code, stdout, stderr = finish(start(launcher, arguments(world, out)[1:], script=[encode.__file__]))

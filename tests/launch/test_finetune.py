@@ -172,6 +172,7 @@ def test_a_stage_goes_on_from_another_at_a_larger_size_and_remembers_it(
     assert [e["lineage/steps"] for e in read_log(third) if "lineage/steps" in e][-1] == 18
 
 
+@pytest.mark.long
 def test_the_stages_weights_are_those_of_the_checkpoint_that_it_began_from(
     world: World, base: Path, tmp_path: Path
 ) -> None:
@@ -232,6 +233,7 @@ def test_an_image_condition_starts_as_nothing_beside_the_text_to_video_model(
     assert state(run, step=4)["embed.positions"].abs().max() > 1e-4
 
 
+@pytest.mark.long
 def test_adapters_of_several_runs_are_added_with_their_shares(
     world: World, base: Path, released: Path, tmp_path: Path
 ) -> None:

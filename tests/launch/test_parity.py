@@ -99,6 +99,7 @@ def test_the_users_configuration_is_what_is_compared(folder: Path) -> None:
     assert sorted(map(tuple, report["packs"][0])) == [(1, 48, 64), (5, 64, 48), (9, 48, 64)]
 
 
+@pytest.mark.long
 def test_the_page_needs_no_network_and_its_figures_are_whole(folder: Path) -> None:
     parity(folder, *ALL)
     page = (folder / "".join(ALL) / "parity.html").read_text()

@@ -82,6 +82,7 @@ def run(world: World, file: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_two_ranks_that_were_stopped_half_way_compute_the_run(file: Path, run: Path, tmp_path: Path) -> None:
     for steps in (2, 4):
         run_ranks(train, 2, [file], [f"run.dir={tmp_path}", f"train.steps={steps}", "validation.samples_every=0"])
@@ -182,6 +183,7 @@ def test_a_run_killed_in_either_phase_goes_on_bitwise(
         assert all(torch.equal(tensor, states[1][kind][name]) for name, tensor in tensors.items()), kind
 
 
+@pytest.mark.long
 def test_a_critic_is_heard_from_its_start_on(undisturbed: Path) -> None:
     found = [entry for entry in read_log(undisturbed) if "loss" in entry]
     assert [all(name in entry for name in AGAINST) for entry in found] == [False] * 3 + [True] * 3
@@ -321,6 +323,7 @@ def replayed(mesh: ParallelMesh, files: list[Path], overrides: list[str], step: 
     return outcome("train_vae", main)
 
 
+@pytest.mark.long
 def test_a_step_with_a_critic_is_replayed(file: Path, contest: Path, undisturbed: Path) -> None:
     """From the checkpoint before it, split in time as it was."""
     before = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()}

@@ -77,7 +77,7 @@ def moments(vae: VAE, pieces: Iterable[Tensor], total: int | None) -> tuple[Tens
 CUTS = ((1,), (3,), (8,), (9, 8), (0, 2, 0, 30, 1), (1000,))
 
 
-@pytest.mark.parametrize("frames", [17, 49, 97])
+@pytest.mark.parametrize("frames", [17, 49, pytest.param(97, marks=pytest.mark.long)])
 def test_a_stream_is_the_chunked_call_bit_by_bit_and_diffusers(vae: VAE, theirs: Any, frames: int) -> None:
     video, latents = clip(frames), latents_of(frames)
     posterior, decoded = vae.encode(video, "chunked"), vae.decode(latents, "chunked")
@@ -204,7 +204,7 @@ LENGTHS = (65, 69, 129, 513, 1021, 1025)
     ("stream", "lengths"),
     [
         ("encode, total", (65, 1025)),
-        ("decode", (65, 1025)),
+        pytest.param("decode", (65, 1025), marks=pytest.mark.long),
         *(pytest.param(name, (65, 257) if "tiles" in name else LENGTHS, marks=pytest.mark.long) for name in STREAMS),
     ],
 )

@@ -66,7 +66,11 @@ ADAPTERS = LoRA(
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(ulysses=2, tp=2), Layout(ring=2, tp=2), Layout(tp=2), Layout(dp=2, ring=2), Layout(ulysses=4)],
+    [Layout(ring=2, tp=2), Layout(dp=2, ring=2)]
+    + [
+        pytest.param(layout, marks=pytest.mark.long)
+        for layout in (Layout(ulysses=2, tp=2), Layout(tp=2), Layout(ulysses=4))
+    ],
     ids=lambda layout: layout.name,
 )
 def test_adapters_of_every_linear_equal_one_process(layout: Layout) -> None:
