@@ -40,7 +40,7 @@ def named(standing: dict[int, dict[str, Any]], world: int | None = None) -> tupl
 
 
 def test_the_rank_that_is_behind_and_ahead_of_none_is_named_and_not_those_that_wait_for_it() -> None:
-    """Of tp pairs (0, 1) and (2, 3) and dp pairs (0, 2) and (1, 3): 3 hangs, 2 waits for it in tp, the others for them in dp."""
+    """Of tp pairs (0, 1) and (2, 3) and dp pairs (0, 2) and (1, 3): 3 hangs, 2 waits for it in tp, others for them in dp."""
     tp_over, tp_open, tp_behind = (
         calls("tp", "all_reduce", "all_gather", done=2), calls("tp", "all_reduce", "all_gather", done=1),
         calls("tp", "all_reduce", done=1),
