@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.commands import FREQUENT
+from tests.launch.commands import FREQUENT, finish, start
 from tests.launch.world import World, make_world, train
 from tests.ranks import run_ranks
 
@@ -19,4 +19,13 @@ def whole(world: World) -> Path:
     """The run on one rank, undisturbed."""
     run = world.root / "whole"
     run_ranks(train, 1, world.file, world.overrides(run, *FREQUENT))
+    return run
+
+
+@pytest.fixture(scope="session")
+def commanded(world: World) -> Path:
+    """The same by the command itself, which has the machine's threads: sums are in another order."""
+    run = world.root / "commanded"
+    code, _, stderr = finish(start("python", [str(world.file), *world.overrides(run, *FREQUENT)]))
+    assert code == 0, stderr
     return run

@@ -219,7 +219,9 @@ class Faulty:
 
     def hold(self) -> None:
         """A call into C that lets no other thread run."""
-        ctypes.PyDLL(None).sleep(1000)
+        call = ctypes.PyDLL(None).sleep
+        while True:
+            call(1000)  # which a signal ends early
 
     def fault_of_ours(self) -> None:
         raise KeyError("an error that nobody foresaw")

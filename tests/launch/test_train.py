@@ -78,7 +78,7 @@ def test_every_zero_stage_on_any_ranks_computes_the_run(world: World, whole: Pat
 
 
 @pytest.mark.long
-def test_an_interrupted_and_a_killed_run_continue_bitwise(world: World, whole: Path) -> None:
+def test_an_interrupted_and_a_killed_run_continue_bitwise(world: World, commanded: Path) -> None:
     """The same command three times: ended by Ctrl-C, by SIGKILL, and by itself."""
     seed = random.SystemRandom().randrange(1000)
     print(f"random calls of seed {seed}")
@@ -105,12 +105,14 @@ def test_an_interrupted_and_a_killed_run_continue_bitwise(world: World, whole: P
     code, _, stderr = finish(start("python", arguments))
     assert code == 0, stderr
     assert (run / "log.jsonl").read_text().startswith(before), "steps before the checkpoint are not taken again"
-    assert_bitwise(run, whole)
+    assert_bitwise(run, commanded)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_bitwise(world: World, whole: Path, name: str) -> None:
+def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_bitwise(
+    world: World, commanded: Path, name: str
+) -> None:
     """In the middle of an interval: nothing is lost, and what was not reported yet is reported as in the whole run."""
     run = world.root / f"asked-{name}"
     arguments = [str(world.file), *world.overrides(run, *FREQUENT)]
@@ -127,7 +129,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_bitwise(world: W
     code, _, stderr = finish(start("python", arguments))
     assert code == 0, stderr
     assert json.loads((run / "exit_status.json").read_text())["code"] == 0
-    assert_bitwise(run, whole)
+    assert_bitwise(run, commanded)
 
 
 def ending(call: int, by: str) -> tuple[str, ...]:
