@@ -27,6 +27,9 @@ from tests.ranks import run_ranks
 
 BEFORE, AFTER = 3, 5
 
+RATE = 1.0e-3
+"""Of learning, at most."""
+
 
 @dataclass(frozen=True)
 class Way:
@@ -53,17 +56,18 @@ def player_of(mesh: ParallelMesh, way: Way) -> Player:
     precision: Any = way.precision
     train = Train(
         steps=BEFORE + AFTER,
-        learning_rate=1e-3,
+        learning_rate=RATE,
         zero_stage=stage,
         precision=precision,
         clip_norm=0.5,
         ema_decay=0.9,
+        eps=1e-3,  # with less, AdamW makes an update of full size of the rounding of a gradient near zero
     )
     model = DiT(config(), tp=mesh.tp)
     draw_parameters(model, 0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05)  # opens the gates, so that every parameter has a gradient
+            parameter.add_(0.02)  # opens the gates, so that every parameter has a gradient
     engine = Engine(model, train, mesh=mesh, micro_steps=-(-PACKS // mesh.dp.size))
     return Player(Learner("", model, train, lambda *_: NotImplemented), engine)
 
@@ -73,13 +77,13 @@ def losses(player: Player, mesh: ParallelMesh, steps: range) -> list[float]:
     found, engine = [], player.engine
     rounds = -(-PACKS // mesh.dp.size)
     for step in steps:
-        total = torch.zeros(())
+        total = torch.zeros((), dtype=torch.float64)
         for micro in range(rounds):
             pack = micro * mesh.dp.size + mesh.dp.rank
             loss = pack_loss(engine, mesh, seed=step * PACKS + min(pack, PACKS - 1)) * float(pack < PACKS)
             engine.backward(loss)
-            engine.step(1e-3 * (step + 1) / (BEFORE + AFTER))
-            total += loss.detach()
+            engine.step(RATE * (step + 1) / (BEFORE + AFTER))
+            total += loss.detach().double()
         found.append(reduce_sum(total, mesh.world).item())
     return found
 
