@@ -25,6 +25,17 @@ from cogvideo_dist.engine.manifest import CheckpointError, SaveError
 from cogvideo_dist.parallel.agreement import check_alike
 from cogvideo_dist.parallel.mesh import Layout, ParallelMesh, Place, start
 from cogvideo_dist.protocols import TooManyDefects
+from launch.codes import (
+    DATA,
+    FAILED,
+    INTERRUPTED,
+    NO_PROGRESS,
+    NON_FINITE,
+    REFUSED,
+    STOPPED,
+    TRANSIENT,
+    UNSAVED,
+)  # fmt: skip
 from launch.pulse import pulse_of_process
 from launch.slurm.place import integer, place_of, read_task, refuse_contradiction
 from launch.supervise import PATIENCE_S, rank_of_environment
@@ -32,22 +43,6 @@ from launch.supervise_verdict import GONE
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 NAMES = (*RANKS, "MASTER_ADDR", "MASTER_PORT")
-
-REFUSED, NON_FINITE, UNSAVED, STOPPED, TRANSIENT, NO_PROGRESS, DATA, INTERRUPTED, FAILED = (
-    78,
-    70,
-    74,
-    75,
-    76,
-    93,
-    65,
-    130,
-    1,
-)
-"""Exit codes: the configuration or checkpoint cannot be run; loss not finite, or a device's memory too small; checkpoints
-cannot be written; stopped as asked and saved; the storage does not answer, or workers or ranks die, so that the same command
-may well succeed later; restarts that get nowhere; too much of the data cannot be used; Ctrl-C; any other error of the
-user's input."""
 
 LOST = re.compile(
     r"(closed|reset) by peer|Broken pipe|timed out (waiting|after)|NCCL|connection refused", re.IGNORECASE

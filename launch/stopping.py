@@ -8,12 +8,12 @@ import time
 from dataclasses import dataclass, field
 from types import FrameType
 
+from launch.codes import LEAVE_NOW
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 AGAIN_S = 1.0
 """Within which a second SIGTERM is the first one, forwarded by a launcher beside the scheduler's own."""
-
-LEAVE_NOW = 143
 
 
 @dataclass

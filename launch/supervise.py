@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from launch.codes import LEAVE_NOW, TRANSIENT
 from launch.heartbeat import Heartbeat
 from launch.supervise_hub import Ending, Hub, Member, decoded, say
 
@@ -50,8 +51,6 @@ PATIENCE_S = 3.0
 
 ANSWER_S = 2.0
 """How long a rank may take to say where it stands."""
-
-TRANSIENT, LEAVE_NOW = 76, 143
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

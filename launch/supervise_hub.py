@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.codes import TRANSIENT
 from launch.supervise_verdict import first_cause, verdict
 
 SETTLE_S = 1.0
@@ -170,7 +171,7 @@ class Member:
         self._say_waiting()
         if not self.line.open and not self.left and not any("end" in message for message in found):
             text = "the supervisor of rank 0 is gone, and so is its node or its launcher"
-            found.append({"end": {"rank": 0, "text": text, "code": 76, "grace_s": 0.0}})
+            found.append({"end": {"rank": 0, "text": text, "code": TRANSIENT, "grace_s": 0.0}})
         return found
 
     def _connect(self) -> None:
@@ -282,7 +283,9 @@ class Hub:
         self.settled = first
         known = self.known.get(first.rank)
         where = f"rank {first.rank}" + (f" ({known.host}, process {known.pid})" if known else "")
-        goes_on = "; the last checkpoint stands, and the same command goes on from there" if first.code == 76 else ""
+        goes_on = (
+            "; the last checkpoint stands, and the same command goes on from there" if first.code == TRANSIENT else ""
+        )
         text = first.text if first.kind == "ended" else f"error: {where} {first.text}{goes_on}"
         if first.kind == "ended" and first.rank:
             text = f"rank {first.rank}: {text}"
@@ -350,9 +353,9 @@ class Hub:
         for message in each.line.read():
             self._take(each, message)
         if not each.line.open and each.code is None:
-            each.code = 76
+            each.code = TRANSIENT
             self.failures.append(
-                Failure(each.rank, "lost", "is gone together with its supervisor: its node or launcher", 76)
+                Failure(each.rank, "lost", "is gone together with its supervisor: its node or launcher", TRANSIENT)
             )
 
     def _take(self, each: Known, message: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_a_rank_that_is_killed_takes_all_with_it_and_is_named(tmp_path: Path, ra
     line = assert_over(outcome, 76, rank)
     assert "SIGKILL" in line
     assert phase in line
-    assert outcome.seconds < 5 or os.getloadavg()[0] > 4, "everything is gone within five seconds"
+    assert outcome.seconds < 5, "everything is gone within five seconds"
     assert (status(scene)["code"], status(scene)["rank"]) == (76, rank)
     path, _ = newest(tmp_path / "ckpt")
     expected = 2 if phase not in ("init", "build") else 0
@@ -161,9 +162,9 @@ def test_a_rank_dies_with_its_supervisor_and_so_do_the_others(tmp_path: Path, ra
     _until(lambda: alive(outcome) == [])
 
 
-def _until(condition: object) -> None:
+def _until(condition: Callable[[], object]) -> None:
     end = time.monotonic() + 60
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -184,7 +185,9 @@ def test_a_full_host_is_named(tmp_path: Path) -> None:
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         outcome = play(Scene(tmp_path, address=f"127.0.0.1:{other.getsockname()[1]}"))
-    assert "is taken" in assert_over(outcome, 76, 0) if "rank 0" in outcome.said else "is taken" in outcome.lines[0]
+    assert outcome.codes == [76, 76], outcome.said
+    assert len(outcome.lines) == 1
+    assert "is taken" in outcome.lines[0]
 
 
 def test_ranks_whose_configuration_differs_are_refused(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_clips_split_in_time_compute_the_run(file: Path, smooth: Path, tmp_path:
     """cp = 2, with images, which do not split; alone and with two data-parallel ranks; losses, judgements and pictures."""
     run_ranks(train, ranks, [file], [f"run.dir={tmp_path}", SMOOTH, "parallel.cp=2"])
     # L1's gradient is a sign, which rounding flips where an error is next to nothing; from there on weights differ.
-    for names, bound in ((("loss", "loss/reconstruction", "loss/kl"), 2e-4), (("gradient_norm",), 5e-4)):
+    for names, bound in ((("loss", "loss/reconstruction", "loss/kl"), 1e-4), (("gradient_norm",), 5e-4)):
         for found, expected in zip(steps_of(tmp_path, *names), steps_of(smooth, *names), strict=True):
             assert found == pytest.approx(expected, rel=bound)
     psnr = [
@@ -205,10 +205,17 @@ def test_a_run_with_a_critic_is_that_of_one_process(
     """On two data-parallel ranks, and split in time, where rounding is another; training against a critic makes more of it."""
     run_ranks(train, 1, [file, contest], [f"run.dir={tmp_path / 'one'}"])
     run_ranks(train, 2, [file, contest], [f"run.dir={tmp_path / 'two'}"])
-    for run, bound in ((tmp_path / "two", 2e-3), (undisturbed, 1.5e-2)):
+    loose = {
+        "critic/balance": 5e-4,
+        "held_out/lpips": 2e-3,
+    }  # a quotient of norms; next to nothing under random weights
+    for run, bound in ((tmp_path / "two", 1e-4), (undisturbed, 1.5e-2)):
         for found, expected in zip(read_log(run), read_log(tmp_path / "one"), strict=True):
             for name in {*LOSSES, *AGAINST, "held_out/psnr", "held_out/lpips"} & expected.keys():
-                assert found[name] == pytest.approx(expected[name], rel=bound), (found["step"], name)
+                assert found[name] == pytest.approx(expected[name], rel=max(bound, loose.get(name, 0))), (
+                    found["step"],
+                    name,
+                )
 
 
 def test_a_second_stage_starts_from_the_averaged_weights_and_the_critic_of_the_first(
